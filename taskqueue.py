@@ -1,0 +1,1367 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi>=0.115", "uvicorn[standard]>=0.30", "pydantic>=2.10", "sse-starlette>=3.3",
+#                 "httpx>=0.27", "pytest>=8"]
+# ///
+"""An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
+
+The life of one task, from the request that submits it to the last frame of its stream:
+
+    POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
+                    refuses bad input     │         best first         delay and    │
+                                          ▼             │              backoff      │ retry
+                                     Task record        ▼                           │
+                                          ▲        worker_loop() takes a slot,      │
+                                _move() and _report()   │     then the best task    │
+                                write it, and wake      ▼                           │
+                                          │        _attempt() ──► your handler      │
+                                          ▼                            │            │
+    GET /tasks/{id}/stream ◄────────── watch()          _settle() ◄────┴────────────┘
+
+The words used throughout:
+
+    task         one piece of work: a `Task` record inside, a `TaskStatus` picture of it outside
+    handler      the function that does the work of one task type
+    attempt      one run of a handler for a task; a retry is the next attempt
+    slot         the right to run one attempt; there are `max_workers` of them
+    worker loop  the one coroutine that takes a slot, then the best task, and starts an attempt
+    sequence     the number of a submission: the order within one priority, and never a clock
+    version      the number of a change: a stream sends it as `id:` and gets it back as Last-Event-ID
+    watcher      a stream that waits for changes; all it holds is the last version that it sent
+
+Read it top to bottom; no section needs to know those below it:
+
+    Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
+
+Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a
+bug that this very line prevents; test_taskqueue.py has a test of that name. `SIMPLIFIED` says what a
+production system would do instead.
+
+    python taskqueue.py               the live demo: a server and a guided tour
+    uvicorn taskqueue:app --reload    the service alone
+    python -m pytest                  the proof
+"""
+
+import argparse, asyncio, bisect, contextlib, copy, functools, hashlib, heapq, inspect, itertools, json, logging
+import math, os, random, re, secrets, socket, sys, threading, time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum, StrEnum
+from types import FrameType
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+
+import anyio
+import httpx
+import pydantic.dataclasses
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
+from pydantic import ValidationError, ValidationInfo, field_validator
+from pydantic_core import to_json, to_jsonable_python
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("taskqueue")
+
+
+# ======================================================================================================================
+# Settings
+#
+# Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
+# nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
+# tests do. The demo's flags are made from this class: that is what the descriptions are for.
+
+@pydantic.dataclasses.dataclass(frozen=True)
+class Settings:
+    """The knobs of one queue. Raises ValidationError, a ValueError, for a value out of range."""
+
+    max_workers: int = Field(default=3, ge=1, le=1000, description="attempts that run at once")
+    max_pending: int = Field(default=1000, ge=1, description="tasks that may wait; one more gets a 503")
+    keep_finished: int = Field(default=1000, ge=0, description="finished tasks that are kept; the oldest goes first")
+    drain_seconds: float = Field(default=5.0, ge=0, description="seconds that running handlers get at shutdown")
+    backoff_base: float = Field(default=0.5, ge=0, description="longest wait before the first retry, in seconds")
+    backoff_cap: float = Field(default=30.0, ge=0, description="longest wait before any retry, in seconds")
+    send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
+    ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
+    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes")
+    failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
+    pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
+
+
+# ======================================================================================================================
+# Models                                                                                                course module 02
+#
+# What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
+# door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
+# queue, a worker or a route.
+
+class TaskType(StrEnum):
+    """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
+
+    RESIZE_IMAGE = "resize_image"
+    GENERATE_REPORT = "generate_report"
+    SEND_EMAIL = "send_email"
+
+class Priority(IntEnum):
+    """Lower runs first."""
+
+    HIGH = 1
+    MEDIUM = 5
+    LOW = 10
+
+class Status(StrEnum):
+    """Where a task is in its life. TRANSITIONS, in the next section, says where it can go from there."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (Status.PENDING, Status.RUNNING)
+
+class Payload(BaseModel):
+    """What a handler is given. Strict: "800" is not 800. Keys that the model doesn't name are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+class ResizeImagePayload(Payload):
+    url: str = "https://example.com/cat.jpg"
+    width: int = Field(800, ge=1)
+    height: int = Field(600, ge=1)
+
+class GenerateReportPayload(Payload):
+    report_id: str | int = "weekly"
+    format: str = "pdf"
+
+class SendEmailPayload(Payload):
+    to: str = "someone@example.com"
+    subject: str = "Hello"
+    body: str = ""
+
+# Filled by @handler, two sections below, from the annotation of each handler's first parameter.
+PAYLOAD_MODELS: dict[TaskType, type[BaseModel]] = {}
+
+JSON = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False))
+
+def check_json(value: Any) -> None:
+    """Raise a ValueError that says what is wrong, and where, unless `value` can be sent as JSON (RFC 8259).
+
+    GOTCHA [bad-result]: json.loads() takes NaN, "\\ud800" and any depth, and a handler may return anything at all. One
+    such value in one task, and every later GET /tasks is a 500. So it is refused where it comes in: in a payload with a
+    422, in a result by failing its own task."""
+    JSON.validate_python(value)  # other types, NaN, Infinity
+    json.dumps(value, ensure_ascii=False).encode()  # lone surrogates, integers of more than 4,300 digits
+    to_json([[[[value]]]])  # deeper than Pydantic can write; the brackets: it stands inside other things
+
+# An enum alone would also take True and 1.0, which are equal to 1.
+PlainPriority = Annotated[
+    Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
+
+class TaskSubmission(BaseModel):
+    """An order for a task. Unknown fields are refused: a typo is a 422, not a surprise."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
+    payload: dict[str, Any] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
+    priority: PlainPriority = Field(Priority.MEDIUM, description="1 high, 5 medium, 10 low")
+    max_retries: int = Field(0, ge=0, le=10, description="further attempts after a failed one")
+    timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
+    delay: float = Field(0, ge=0, le=86_400, description="seconds before it may start")
+
+    @field_validator("payload")
+    @classmethod
+    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Check the payload against the model of its task type, and keep it as it was sent.
+
+        Pydantic merges the inner model's errors into ours: the client reads `payload`, `width`, and why."""
+        check_json(payload)
+        if task_type := info.data.get("task_type"):
+            PAYLOAD_MODELS.get(task_type, Payload).model_validate(payload)
+        return payload
+
+class TaskStatus(BaseModel):
+    """A picture of a task at one moment, made at most once a change and shared by all who look.
+
+    WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
+    is handed out must not change in the reader's hands."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    id: str
+    task_type: TaskType
+    priority: Priority
+    payload: dict[str, Any] = Field(description="as it was sent")
+    status: Status
+    progress: int = Field(ge=0, le=100, description="per cent of this attempt")
+    attempt: int = Field(description="0 before the first")
+    max_retries: int
+    result: Any = Field(description="what the handler returned, once completed")
+    error: str | None = Field(description="why the latest attempt failed")
+    request_id: str | None = Field(description="X-Request-ID of the request that submitted it")
+    created_at: datetime
+    not_before: datetime | None = Field(description="the end of its delay, or of its latest backoff")
+    started_at: datetime | None = Field(description="when the latest attempt began")
+    completed_at: datetime | None = Field(description="when it reached its final status")
+    version: int = Field(exclude=True)  # over HTTP it is the `id:` of a frame
+
+    @functools.cached_property
+    def progress_frame(self) -> bytes:
+        """This change, as the task's own stream sends it: encoded once, however many watch."""
+        extra = {Status.COMPLETED: {"result"}, Status.FAILED: {"error"}}.get(self.status, set())
+        data = self.model_dump_json(include={"status", "progress", "attempt"} | extra)
+        return encode_frame("progress", data, self.version)
+
+    @functools.cached_property
+    def task_frame(self) -> bytes:
+        """This change, as the stream of all tasks sends it: without the payload, which can be large."""
+        return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
+
+def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
+    """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
+
+    No event may be named "error": under that name EventSource reports a lost connection."""
+    return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
+
+class TaskList(BaseModel):
+    """One page of tasks, newest first."""
+
+    tasks: list[TaskStatus]
+    total: int = Field(description="every match, not just this page")
+
+
+# ======================================================================================================================
+# Queue                                                                                                 course module 05
+#
+# The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
+# `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers,
+# everything here is a plain function that never awaits. So no other coroutine can run between two of its lines, and no
+# lock is needed. The section knows nothing of HTTP, nor of how a task is run.
+
+class QueueError(Exception): """What a caller of the queue can get wrong, or be refused."""
+class TaskNotFound(QueueError): """No such task: the id is wrong, or the task was evicted."""
+class TaskNotCancellable(QueueError): """The task has ended; or it runs, and `force` was not given."""
+class IdempotencyKeyReused(QueueError): """The key came with another submission before."""
+class QueueFull(QueueError): """`max_pending` tasks are waiting."""
+class QueueStopped(QueueError): """The queue is not running: it was not entered yet, or it stops."""
+class IllegalTransition(Exception): """A bug in this file: a task was to move where it can't go."""
+
+TRANSITIONS: dict[Status, set[Status]] = {
+    Status.PENDING: {Status.RUNNING, Status.CANCELLED},
+    Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
+    Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set(),
+}
+
+StopCause = Literal["timeout", "cancel", "shutdown"]
+Outcome = tuple[Any, str | None]  # of an attempt: its result, and its error or None
+
+@dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
+class Task:
+    """All that is known of one task. Private to the queue and its workers."""
+
+    id: str
+    sequence: int
+    created_at: datetime
+    request_id: str | None
+    idempotency_key: str | None
+    task_type: TaskType
+    priority: Priority
+    payload: dict[str, Any]
+    max_retries: int
+    timeout: float
+    status: Status = Status.PENDING
+    progress: int = 0
+    attempt: int = 0
+    result: Any = None
+    error: str | None = None
+    not_before: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    version: int = 0
+    view: TaskStatus | None = None  # the picture of this version, once somebody has asked for it
+    timer: asyncio.TimerHandle | None = None  # the one that it can have: delay, backoff or deadline
+    run: "asyncio.Task[Outcome] | None" = None  # the attempt that runs now
+    stop_cause: StopCause | None = None  # why that attempt was asked to stop
+
+ReadyEntry = tuple[Priority, int, Task]
+
+class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
+    """The tasks that may start now, best first: a PriorityQueue that can also forget.
+
+    GOTCHA [tie-break]: entries are compared from left to right, and no two have the same sequence, so the comparison
+    never reaches the task. With a clock in its place, tasks of one priority are shuffled when it ties or steps; with
+    (priority, dict) the second entry of a priority raises a TypeError."""
+
+    def prune(self) -> None:
+        """Drop the entries of tasks that no longer wait."""
+        heap: list[ReadyEntry] = self._queue  # type: ignore[attr-defined]  # asyncio's own, for subclasses
+        heap[:] = [entry for entry in heap if entry[2].status is Status.PENDING]
+        heapq.heapify(heap)
+
+class Shelf:
+    """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
+
+    Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
+    numbers, and only the blocks that a page shows are sorted."""
+
+    BLOCK = 512
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, dict[int, Task]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Task]:
+        return itertools.chain.from_iterable(block.values() for block in self._blocks.values())
+
+    def add(self, task: Task) -> None:
+        self._blocks.setdefault(task.sequence // self.BLOCK, {})[task.sequence] = task
+        self._count += 1
+
+    def remove(self, task: Task) -> None:
+        block = self._blocks[task.sequence // self.BLOCK]
+        del block[task.sequence]
+        if not block:
+            del self._blocks[task.sequence // self.BLOCK]
+        self._count -= 1
+
+    def page(self, limit: int, offset: int) -> list[Task]:
+        page: list[Task] = []
+        for number in sorted(self._blocks, reverse=True):
+            block = self._blocks[number]
+            if offset < len(block):
+                page += [block[n] for n in sorted(block, reverse=True)[offset : offset + limit - len(page)]]
+            offset = max(0, offset - len(block))
+            if len(page) == limit:
+                break
+        return page
+
+class TaskStore:
+    """Submit, look up, list, cancel and watch tasks. TaskQueue, further down, adds those who run them."""
+
+    SNAPSHOT = 100  # tasks that a new watcher of everything is shown
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.stopping = True  # until a TaskQueue is entered
+        self.submitted = self.evicted = self.watchers = 0
+        # WHY it starts at the clock and not at 0: a client may come back with the Last-Event-ID of an earlier life of
+        # this server. Each life must number its changes above those of all lives before.
+        self.version = self.first_version = time.time_ns() // 1000
+        self._tasks: dict[str, Task] = {}  # by id; the one that changed last stands last
+        self._all = Shelf()
+        self._shelves = {status: Shelf() for status in Status}
+        self._ready = ReadyHeap()
+        self._finished: deque[Task] = deque()  # in the order in which they finished
+        self._keys: dict[str, tuple[Task, bytes]] = {}  # by idempotency key; the bytes tell whose body it was
+        self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
+
+    # -- what callers use
+
+    def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
+               idempotency_key: str | None = None) -> TaskStatus:
+        """Take in a task and return its first status, or that of the task which the key has made before.
+
+        Raises QueueFull, QueueStopped and IdempotencyKeyReused.
+
+        GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the client,
+        who sees a server that hangs. Nothing here awaits: it says yes or no, and at once."""
+        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
+        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
+            if earlier[1] != fingerprint:
+                raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
+            return self._view(earlier[0])
+        if self.stopping:
+            raise QueueStopped("The queue is stopping and takes no tasks")
+        if self.count(Status.PENDING) >= self.settings.max_pending:
+            raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
+
+        self.submitted += 1
+        task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
+                    submission.task_type, submission.priority, submission.payload, submission.max_retries,
+                    submission.timeout)
+        self._all.add(task)
+        self._shelves[Status.PENDING].add(task)
+        if idempotency_key:
+            self._keys[idempotency_key] = task, fingerprint
+        self._schedule(task, submission.delay)
+        self._changed(task)
+        return TaskStatus.model_validate(task)  # not kept in task.view: those who wait need no picture yet
+
+    def get_task(self, task_id: str) -> TaskStatus:
+        """Return the task as it is now. Raises TaskNotFound."""
+        return self._view(self._find(task_id))
+
+    def list_tasks(self, status: Status | None = None, limit: int = 100,
+                   offset: int = 0) -> tuple[list[TaskStatus], int]:
+        """Return one page, newest first, and how many there are with that status (None: of all)."""
+        shelf = self._all if status is None else self._shelves[status]
+        return [self._view(task) for task in shelf.page(limit, offset)], len(shelf)
+
+    def count(self, status: Status) -> int:
+        return len(self._shelves[status])
+
+    def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
+        """Cancel a waiting task at once; with `force`, ask a running one to stop.
+
+        A running task is `cancelled` only once its handler has let go: what is returned still says `running`. Raises
+        TaskNotFound, and TaskNotCancellable."""
+        task = self._find(task_id)
+        if task.status is Status.PENDING:
+            self._move(task, Status.CANCELLED)
+            # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
+            # until it is popped, where `_next_ready` skips it. But while the workers are busy nothing is popped: submit
+            # and cancel all day, and the memory is full. So the dead are swept out once they are a tenth of the heap:
+            # seldom enough for a cancel to stay cheap.
+            if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
+                self._ready.prune()
+        elif task.status is Status.RUNNING and force:
+            self._stop(task, "cancel")
+        else:
+            raise TaskNotCancellable(f"The task is {task.status}: it can't be cancelled")
+        return self._view(task)
+
+    # -- watching
+
+    async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
+        """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
+
+        Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
+        task = self._find(task_id)
+        sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
+        # GOTCHA [never-entered]: when the client is gone before its response begins, this generator is never started,
+        # and then its `finally` does not run. Whatever the route had registered for it beforehand would stay for ever.
+        # So both happen in here, or neither does.
+        self.watchers += 1
+        try:
+            while True:
+                # GOTCHA [snapshot-then-subscribe]: read the state and then subscribe, and a change between the two is
+                # lost; subscribe first, and older events follow a newer state. Here there is nothing to subscribe to:
+                # look, and wait if there is nothing new. No await lies between the two, so nothing can happen there.
+                # GOTCHA [slow-reader]: with one queue per watcher, a browser on a bad line has us keep every event that
+                # it hasn't read. A watcher that holds a number wakes up to the latest state, and what it has missed is
+                # kept nowhere.
+                if task.version > sent:
+                    sent = task.version
+                    yield self._view(task)
+                elif task.status.is_final or self.stopping:
+                    return
+                else:
+                    await self._next_change(task)
+        finally:
+            self.watchers -= 1
+
+    async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
+        """Yield lists of tasks in their latest state, the one that changed first in front.
+
+        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (that
+        list can be empty); then what changes, until the queue stops."""
+        resumes = self.first_version < last_event_id <= self.version
+        sent = last_event_id if resumes else 0
+        changes = self._changes_since(sent, at_most=None if resumes else self.SNAPSHOT)
+        self.watchers += 1
+        try:
+            while True:
+                yield changes
+                sent = changes[-1].version if changes else sent
+                while not (changes := self._changes_since(sent)):
+                    if self.stopping:
+                        return
+                    await self._next_change(None)
+        finally:
+            self.watchers -= 1
+
+    def _changes_since(self, version: int, at_most: int | None = None) -> list[TaskStatus]:
+        newest_first = itertools.takewhile(lambda task: task.version > version, reversed(self._tasks.values()))
+        return [self._view(task) for task in itertools.islice(newest_first, at_most)][::-1]
+
+    async def _next_change(self, of: Task | None) -> None:
+        """Wait until `of` changes (None: until any task does), or the queue stops."""
+        if not (event := self._waiting.get(of)):
+            event = self._waiting[of] = asyncio.Event()
+        await event.wait()
+
+    def _wake(self, of: Task | None) -> None:
+        # An event fires once, for all who wait for it, and is gone; who waits next makes a new one. For a task that
+        # nobody watches nothing is made, and nobody woken.
+        if event := self._waiting.pop(of, None):
+            event.set()
+
+    def stop_watching(self) -> None:
+        """From now on take no new tasks and end every watch; what runs, runs on."""
+        self.stopping = True
+        for of in list(self._waiting):
+            self._wake(of)
+
+    # -- the owners of the facts
+
+    def _find(self, task_id: str) -> Task:
+        if task := self._tasks.get(task_id):
+            return task
+        raise TaskNotFound("No task has this id: it never was, or it was evicted")
+
+    def _view(self, task: Task) -> TaskStatus:
+        if task.view is None:
+            task.view = TaskStatus.model_validate(task)
+        return task.view
+
+    def _changed(self, task: Task) -> None:
+        """Number a change, and wake those who wait for it."""
+        self.version += 1
+        task.version = self.version
+        task.view = None
+        self._tasks[task.id] = self._tasks.pop(task.id, task)  # to the end: it changed last
+        if self._waiting:
+            self._wake(task)
+            self._wake(None)
+
+    def _schedule(self, task: Task, delay: float) -> None:
+        """Put the task into the ready heap, now or `delay` seconds later.
+
+        GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a few
+        tasks that fail, and nothing else runs. A timer holds nothing.
+        GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
+        stood, and not behind all that came since."""
+        entry = (task.priority, task.sequence, task)
+        if delay > 0:
+            task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
+            task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
+        else:
+            self._ready.put_nowait(entry)
+
+    def _move(self, task: Task, status: Status, result: Any = None, error: str | None = None) -> None:
+        """Move a task to another state: the one writer of `status`.
+
+        GOTCHA [terminal-is-final]: a cancel and a completion can meet in one step of the loop. Where each just writes,
+        the later one wins, and a stream sends two endings. Here the first one wins."""
+        if status not in TRANSITIONS[task.status]:
+            raise IllegalTransition(f"task {task.id}: {task.status} → {status}")
+        if task.timer:
+            task.timer.cancel()
+            task.timer = None
+        self._shelves[task.status].remove(task)
+        self._shelves[status].add(task)
+        task.status, task.result, task.error = status, result, error
+        if status.is_final:
+            task.completed_at = datetime.now(UTC)
+        self._changed(task)
+        if status.is_final:
+            # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak. But to evict simply the oldest
+            # can hit one that still runs. In this line stand only the finished.
+            self._finished.append(task)
+            if len(self._finished) > self.settings.keep_finished:
+                self._evict(self._finished.popleft())
+
+    def _evict(self, task: Task) -> None:
+        self.evicted += 1
+        del self._tasks[task.id]
+        self._all.remove(task)
+        self._shelves[task.status].remove(task)
+        if task.idempotency_key:
+            del self._keys[task.idempotency_key]
+
+    def _stop(self, task: Task, cause: StopCause) -> None:
+        """Ask a running attempt to stop; `_settle`, in the next section but one, sees to what comes of it.
+
+        GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
+        alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
+        exception: the cause is written down here, before the cancel.
+        WHY not `asyncio.timeout()`: its verdict is such an exception, and for one of the causes only."""
+        if task.run and task.stop_cause != cause:
+            task.stop_cause = cause
+            task.run.cancel()
+
+
+# ======================================================================================================================
+# Handlers                                                                                              course module 05
+#
+# The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
+# in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def` or a
+# plain `def`; the latter runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
+# tested, or moved to another queue, as it is.
+
+UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
+Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
+HANDLERS: dict[TaskType, Handler] = {}
+
+# How the simulated handlers below learn of `pace` and `failure_rate`: a worker loop sets it for its queue.
+current_settings: ContextVar[Settings] = ContextVar("current_settings", default=Settings())
+
+def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
+    """Register the function below for `task_type`; the annotation of its payload is the validation."""
+
+    def register(function: AnyHandler) -> AnyHandler:
+        HANDLERS[task_type] = function
+        first_parameter = next(iter(inspect.signature(function).parameters))
+        PAYLOAD_MODELS[task_type] = get_type_hints(function).get(first_parameter, Payload)
+        return function
+
+    return register
+
+async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
+                       handlers: Mapping[TaskType, Handler] | None = None) -> Any:
+    """Call the handler of `task_type` and return its result; a plain dict is validated first.
+
+    Raises ValidationError for such a dict, LookupError if there is no handler, and what the handler raises."""
+    function = (HANDLERS if handlers is None else handlers).get(task_type)
+    if function is None:
+        raise LookupError(f"no handler is registered for {task_type}")
+    if isinstance(payload, dict):  # the handler gets a copy: what it changes, the next attempt must not see
+        payload = PAYLOAD_MODELS.get(task_type, Payload).model_validate(copy.deepcopy(payload))
+    if inspect.iscoroutinefunction(function):
+        return await function(payload, update_progress)
+    return await run_in_thread(function, payload, update_progress)
+
+async def run_in_thread(function: Handler, payload: BaseModel, update_progress: UpdateProgress) -> Any:
+    """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
+
+    GOTCHA [blocking-handler]: on the event loop, `time.sleep(5)` stops every request, stream and timer of the process
+    for five seconds. In a thread it holds up nobody.
+
+    A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
+    would; until it has ended it goes on working, so we go on waiting, and keep its slot.
+
+    WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
+    never returns would make Ctrl-C hang for ever."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+    stopped = threading.Event()
+
+    def report(percent: float) -> None:
+        if stopped.is_set():
+            raise asyncio.CancelledError("this attempt was asked to stop")
+        update_progress(percent)
+
+    def work() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = function(payload, report), None
+        except BaseException as error:
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(ended.set_result, outcome)
+
+    threading.Thread(target=copy_context().run, args=(work,), name="handler", daemon=True).start()
+    while not ended.done():
+        try:
+            await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
+        except asyncio.CancelledError:
+            stopped.set()
+    result, error = ended.result()
+    if error is not None:
+        raise error
+    return result
+
+# The three handlers of the service only simulate: they sleep through their stages and, now and then, fail.
+
+def simulate(stages: Iterable[str], seconds: float) -> Iterator[tuple[float, float]]:
+    """For each stage yield how long it takes, and how many per cent are done then; fail after one, maybe."""
+    settings, stages = current_settings.get(), list(stages)
+    fails_at = random.choice(stages) if random.random() < settings.failure_rate else None
+    for number, stage in enumerate(stages, start=1):
+        yield seconds * settings.pace, 100 * number / len(stages)
+        if stage == fails_at:
+            raise RuntimeError(f"simulated failure while {stage}")
+
+@handler(TaskType.RESIZE_IMAGE)
+async def resize_image(payload: ResizeImagePayload, update_progress: UpdateProgress) -> dict[str, Any]:
+    for seconds, percent in simulate(["downloading", "decoding", "scaling", "saving"], 0.5):
+        await asyncio.sleep(seconds)
+        update_progress(percent)
+    return {"url": payload.url, "size": f"{payload.width}x{payload.height}"}
+
+@handler(TaskType.GENERATE_REPORT)
+def generate_report(payload: GenerateReportPayload, update_progress: UpdateProgress) -> dict[str, Any]:
+    """A plain `def`, as one writes it around a library that blocks."""
+    for seconds, percent in simulate(["querying", "aggregating", "charting", "rendering"], 0.75):
+        time.sleep(seconds)
+        update_progress(percent)
+    return {"file": f"report-{payload.report_id}.{payload.format}", "pages": random.randint(3, 40)}
+
+@handler(TaskType.SEND_EMAIL)
+async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress) -> dict[str, Any]:
+    """Fails for every address under `.invalid`, a domain that can't exist (RFC 2606)."""
+    for seconds, percent in simulate(["rendering", "connecting", "sending"], 0.3):
+        await asyncio.sleep(seconds)
+        if payload.to.endswith(".invalid"):
+            raise ConnectionError(f"no mail server for {payload.to}")
+        update_progress(percent)
+    return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
+
+
+# ======================================================================================================================
+# Workers                                                                                               course module 05
+#
+# Those who run the tasks. One loop takes a slot and then the best task. Each attempt is an asyncio task of its own, and
+# whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The section
+# knows nothing of HTTP.
+
+def backoff_delay(attempt: int, settings: Settings) -> float:
+    """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
+
+    With base 0.5 and cap 30, at most 0.5, 1, 2, 4, 8, 16, 30, 30 … Random over the whole range, so that tasks that
+    failed together don't come back together (Brooker, "Exponential Backoff And Jitter", AWS, 2015)."""
+    return random.uniform(0, min(settings.backoff_cap, settings.backoff_base * 2 ** (attempt - 1)))
+
+def describe(error: BaseException) -> str:
+    """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message can't be shown"
+    return f"{type(error).__name__}: {message}"[:1000].encode(errors="replace").decode()
+
+class TaskQueue(TaskStore):
+    """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
+
+    Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
+    what has not ended by then ends as `cancelled`.
+
+    GOTCHA [one-loop]: asyncio's primitives belong to the event loop in which they are first waited for. Made at import,
+    they break in the second app, or the second test, of a process. So each queue makes its own."""
+
+    STUBBORN_SECONDS = 0.3  # how long a stop waits for handlers that ignore their cancellation
+
+    def __init__(self, settings: Settings | None = None,
+                 handlers: Mapping[TaskType, Handler] | None = None) -> None:
+        super().__init__(settings or Settings())
+        self.handlers = HANDLERS if handlers is None else handlers
+        self._slots = asyncio.Semaphore(self.settings.max_workers)
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
+        # GOTCHA [strong-reference]: the event loop itself keeps only weak references to its tasks. One that nobody else
+        # refers to can be collected in the middle of its work.
+        self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
+        self._worker.add_done_callback(self._report_death)
+        self.stopping = False
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._worker is not None
+        self.stop_watching()
+        self._worker.cancel()
+        await asyncio.wait([self._worker])
+        await self._wait_for_running(self.settings.drain_seconds)
+        for task in self._shelves[Status.RUNNING]:
+            self._stop(task, "shutdown")
+        await self._wait_for_running(self.STUBBORN_SECONDS)
+        for task in self._shelves[Status.RUNNING]:
+            logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+        for task in [*self._shelves[Status.RUNNING], *self._shelves[Status.PENDING]]:
+            self._move(task, Status.CANCELLED)
+
+    async def _wait_for_running(self, seconds: float) -> None:
+        if runs := [task.run for task in self._shelves[Status.RUNNING] if task.run]:
+            await asyncio.wait(runs, timeout=seconds)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the worker loop is alive.
+
+        GOTCHA [dead-loop]: a flag that is set at the start and cleared at the stop is still set when the loop has died
+        of a bug: health says healthy, and nothing runs. So we ask the loop itself."""
+        return self._worker is not None and not self._worker.done()
+
+    def _report_death(self, worker: asyncio.Task[None]) -> None:
+        if not worker.cancelled() and (error := worker.exception()):
+            logger.critical("the worker loop has died: no task will run", exc_info=error)
+
+    async def worker_loop(self) -> None:
+        """For ever: take a slot, then the best task that is ready, and start an attempt.
+
+        GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one task in hand
+        already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters, none is
+        left."""
+        current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
+        while True:
+            await self._slots.acquire()
+            try:
+                task = await self._next_ready()
+            except BaseException:
+                self._slots.release()
+                raise
+            self._start(task)
+
+    async def _next_ready(self) -> Task:
+        while True:
+            _, _, task = await self._ready.get()
+            if task.status is Status.PENDING:
+                return task
+
+    def _start(self, task: Task) -> None:
+        task.attempt += 1
+        task.progress = 0
+        task.started_at = datetime.now(UTC)
+        task.stop_cause = None
+        self._move(task, Status.RUNNING)
+        task.run = asyncio.create_task(self._attempt(task))
+        # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of its
+        # code, not even a `finally`: a slot that is given back there is lost, and the task is `running` for ever. A
+        # done callback is called in every case.
+        task.run.add_done_callback(functools.partial(self._settle, task))
+        task.timer = self._loop.call_later(task.timeout, self._stop, task, "timeout")
+
+    async def _attempt(self, task: Task) -> Outcome:
+        """Run the handler once, and return what came of it; raises nothing.
+
+        GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the task.
+        It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler stops
+        the server. Elsewhere it would be wrong to swallow these; but this is the outermost frame of its asyncio task,
+        and what it returns is recorded by `_settle`."""
+        try:
+            update_progress = functools.partial(self._report, task, task.attempt)
+            result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
+            result = to_jsonable_python(result)  # a copy of our own; models and dates become plain JSON
+            check_json(result)
+            return result, None
+        except BaseException as error:
+            logger.debug("[%s] task %s, attempt %d", task.request_id, task.id, task.attempt, exc_info=True)
+            return None, describe(error)
+
+    def _report(self, task: Task, attempt: int, percent: float) -> None:
+        """What a handler calls as `update_progress(percent)`, from whatever thread."""
+        is_number = isinstance(percent, int | float) and not isinstance(percent, bool)
+        if not is_number or not 0 <= percent <= 100:  # nan is not between them either
+            raise ValueError(f"progress must be a number from 0 to 100, not {percent!r:.40}")
+        # GOTCHA [progress-from-thread]: asyncio's objects are not thread-safe. A watcher that is woken from another
+        # thread may sleep on until something else happens in the loop.
+        if threading.get_ident() != self._thread_id:
+            self._loop.call_soon_threadsafe(self._report, task, attempt, percent)
+        elif task.run and task.attempt == attempt and int(percent) > task.progress:
+            task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
+            self._changed(task)
+
+    def _settle(self, task: Task, run: "asyncio.Task[Outcome]") -> None:
+        """The end of an attempt: give its slot back, then say what becomes of the task."""
+        self._slots.release()
+        task.run = None
+        if task.status is not Status.RUNNING:
+            return  # it was left behind by a shutdown
+        result, error = (None, "CancelledError") if run.cancelled() else run.result()
+        if task.stop_cause == "timeout":
+            error = f"TimeoutError: no result within {task.timeout:g} s"
+        if task.stop_cause in ("cancel", "shutdown"):
+            self._move(task, Status.CANCELLED)
+        elif error is None:
+            task.progress = 100
+            self._move(task, Status.COMPLETED, result=result)
+        elif task.attempt > task.max_retries:
+            self._move(task, Status.FAILED, error=error)
+        else:
+            self._move(task, Status.PENDING, error=error)
+            self._schedule(task, backoff_delay(task.attempt, self.settings))
+        logger.info("[%s] task %s (%s) attempt %d: %s", task.request_id, task.id, task.task_type, task.attempt,
+                    task.error or task.status)
+
+
+# ======================================================================================================================
+# Middleware                                                                                            course module 07
+#
+# What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
+# ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
+#
+# GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
+# between app and server. Behind it the app no longer hears that its client has gone, context variables don't pass, and
+# streams are hard to stop. What stands here only looks at messages that go by.
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, math.inf)  # upper bounds, seconds
+KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+@dataclass
+class Series:
+    """What is known of all requests to one route."""
+
+    statuses: Counter[int]
+    buckets: list[int]
+    seconds: float = 0.0
+
+class Metrics:
+    """Counts requests, and how long they took, by route.
+
+    GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
+    templates are few. A method is a client's free text too."""
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, str], Series] = {}
+
+    def record(self, method: str, route: str, status: int, seconds: float) -> None:
+        if not (series := self.series.get((method, route))):
+            series = self.series[method, route] = Series(Counter(), [0] * len(BUCKETS))
+        series.statuses[status] += 1
+        series.seconds += seconds
+        series.buckets[bisect.bisect_left(BUCKETS, seconds)] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        statuses = sum((series.statuses for series in self.series.values()), Counter[int]())
+        seconds = sum(series.seconds for series in self.series.values())
+        return {
+            "total_requests": statuses.total(),
+            "avg_duration_ms": round(1000 * seconds / max(1, statuses.total()), 3),
+            "status_counts": {str(status): count for status, count in sorted(statuses.items())},
+            "routes": {
+                f"{method} {route}": {
+                    "count": series.statuses.total(),
+                    "avg_duration_ms": round(1000 * series.seconds / series.statuses.total(), 3),
+                    "up_to_ms": {f"{1000 * le:g}": n for le, n in zip(BUCKETS, series.buckets, strict=True) if n},
+                } for (method, route), series in self.series.items()
+            },
+        }
+
+    def as_prometheus(self) -> Iterator[str]:
+        """Lines of the text format 0.0.4. A bucket there counts all that took up to its bound."""
+        name = "taskqueue_http_request_duration_seconds"
+        yield "# TYPE taskqueue_http_requests_total counter"
+        yield f"# TYPE {name} histogram"
+        for (method, route), series in self.series.items():
+            labels = f'method="{method}",route="{route}"'
+            for status, count in series.statuses.items():
+                yield f'taskqueue_http_requests_total{{{labels},status="{status}"}} {count}'
+            for bound, count in zip(BUCKETS, itertools.accumulate(series.buckets), strict=True):
+                le = "+Inf" if bound == math.inf else f"{bound:g}"
+                yield f'{name}_bucket{{{labels},le="{le}"}} {count}'
+            yield f"{name}_sum{{{labels}}} {series.seconds:.6f}"
+            yield f"{name}_count{{{labels}}} {series.statuses.total()}"
+
+class RequestMiddleware:
+    """Gives every request its id, its limit, its line in the log and its place in the metrics."""
+
+    SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
+        self.app, self.metrics, self.max_body = app, metrics, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, body_size, started = time.perf_counter(), 0, False
+        request_id = self._request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id  # for routes: `request.state.request_id`
+
+        async def receive_limited() -> Message:
+            # WHY not FastAPI's max_body_size: its 413 is plain text, and is sent past this middleware.
+            nonlocal body_size
+            message = await receive()
+            body_size += len(message.get("body", b""))
+            if body_size > self.max_body:
+                raise HTTPException(413, f"The body has more than {self.max_body} bytes")
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                # GOTCHA [stream-latency]: a stream "takes" as long as somebody watches it, and a few of those drown the
+                # average of all others. Measured to its first byte it is a request like any.
+                self._record(scope, request_id, message["status"], time.perf_counter() - began)
+            await send(message)
+
+        try:
+            await self.app(scope, receive_limited, send_with_id)
+        except SendTimeoutError:
+            logger.warning("[%s] a reader has stopped reading its stream: dropped", request_id)
+        except Exception:
+            # GOTCHA [unhandled-is-500]: the answer to an unhandled exception is made further out, by Starlette or the
+            # server, where no middleware sees it pass and none can count it.
+            if started:
+                raise
+            logger.exception("[%s] unhandled exception", request_id)
+            await JSONResponse({"detail": "Internal Server Error"}, 500)(scope, receive, send_with_id)
+
+    def _request_id(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and self.SANE_ID.fullmatch(text := str(value, "latin-1")):
+                return text
+        return secrets.token_hex(8)
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
+        route = getattr(scope.get("route"), "path", "(other)")  # the router has set it by now
+        self.metrics.record(method, route, status, seconds)
+        # %a escapes all but printable ASCII: a path with %0A in it can't begin a log line of its own.
+        logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
+
+
+# ======================================================================================================================
+# Page
+#
+# GET / for now: a way to the interactive documentation.
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>taskqueue</title><link rel="icon" href="data:,">
+<h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
+"""
+
+
+# ======================================================================================================================
+# Routes                                                                                                course module 07
+#
+# The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
+# exceptions become status codes in one table, so a route is only about what goes well.
+
+router = APIRouter()
+HTTP_STATUS: dict[type[QueueError], int] = {
+    TaskNotFound: 404, TaskNotCancellable: 409, IdempotencyKeyReused: 422, QueueFull: 503, QueueStopped: 503}
+
+class Problem(BaseModel):
+    detail: str
+
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: the answers that routes have in common
+    404: {"model": Problem, "description": "No task has this id"},
+    409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
+    413: {"model": Problem, "description": "The body is too large"},
+    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {"Retry-After": {
+        "description": "seconds", "schema": {"type": "integer"}}}},
+}
+
+async def get_queue(request: Request) -> TaskQueue:
+    """The queue of this app: a dependency of most routes. It is there once the lifespan has begun."""
+    queue: TaskQueue = request.app.state.queue
+    return queue
+
+Queue = Annotated[TaskQueue, Depends(get_queue)]
+LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
+
+@router.post("/tasks", status_code=202, responses={400: {"model": Problem}, 413: ANSWERS[413], 503: ANSWERS[503]})
+async def submit_task(
+    submission: TaskSubmission, request: Request, response: Response, queue: Queue,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> TaskStatus:
+    """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
+    status = queue.submit(
+        submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    response.headers["Location"] = f"/tasks/{status.id}"
+    return status
+
+@router.get("/tasks")
+async def list_tasks(
+    queue: Queue, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> TaskList:
+    tasks, total = queue.list_tasks(status, limit, offset)
+    return TaskList(tasks=tasks, total=total)
+
+@router.get("/tasks/{task_id}", responses={404: ANSWERS[404]})
+async def get_task(task_id: str, queue: Queue) -> TaskStatus:
+    return queue.get_task(task_id)
+
+@router.delete("/tasks/{task_id}", responses={
+    404: ANSWERS[404], 409: ANSWERS[409], 202: {"description": "A running task was asked to stop"}})
+async def cancel_task(task_id: str, response: Response, queue: Queue, force: bool = False) -> dict[str, str]:
+    """Cancel a waiting task; with `force=true`, also ask a running one to stop."""
+    if queue.cancel(task_id, force).status is Status.CANCELLED:
+        return {"detail": "Task cancelled", "task_id": task_id}
+    response.status_code = 202
+    return {"detail": "Cancellation requested", "task_id": task_id}
+
+def event_stream(request: Request, frames: AsyncIterator[bytes]) -> EventSourceResponse:
+    """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops.
+
+    GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream does
+    not end by itself: Ctrl-C waits for ever, or cuts it off where a client sees an error. sse-starlette notices the
+    signal and sets `shutdown_event`, but it can't wake a generator that waits for something else: the lifespan below
+    waits for that event, and has the queue end all watches."""
+    settings: Settings = request.app.state.queue.settings
+    return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
+                               shutdown_event=request.app.state.shutdown, shutdown_grace_period=2)
+
+SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail":"The server is stopping"}')
+
+def event_id(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+
+@router.get("/tasks/{task_id}/stream", response_class=Response, responses={
+    404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
+async def stream_task(task_id: str, request: Request, queue: Queue, last_event_id: LastEventId = "") -> Response:
+    """Watch one task: its state now, then each change, until it has ended.
+
+    GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
+    the task is looked up here, before there is a response.
+    GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
+    again and again. A 204 tells it to stop (HTML standard, 9.2.3)."""
+    status, sent = queue.get_task(task_id), event_id(last_event_id)
+    if status.status.is_final and sent == status.version:
+        return Response(status_code=204)
+    return event_stream(request, task_frames(queue, task_id, sent))
+
+async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterator[bytes]:
+    status = None
+    async for status in queue.watch(task_id, sent):
+        yield status.progress_frame
+    if status is None or not status.status.is_final:
+        yield SHUTDOWN_FRAME
+
+@router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
+async def stream_events(request: Request, queue: Queue, last_event_id: LastEventId = "") -> Response:
+    """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
+
+    GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
+    no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
+    return event_stream(request, all_frames(queue, event_id(last_event_id)))
+
+async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
+    async for tasks in queue.watch_all(sent):
+        for task in tasks:
+            yield task.task_frame
+        yield encode_frame("queue", json.dumps(overview(queue)))
+    yield SHUTDOWN_FRAME
+
+def overview(queue: TaskQueue) -> dict[str, Any]:
+    """The queue in numbers; `life` tells one start of the server from another."""
+    tasks = {status.value: queue.count(status) for status in Status}
+    return {"life": queue.first_version, "workers": queue.settings.max_workers, "watchers": queue.watchers,
+            "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
+
+@router.get("/health", responses={503: {"description": "The worker loop is not running"}})
+async def health(queue: Queue, response: Response) -> dict[str, Any]:
+    """Whether the worker loop is alive. `pid`: each process has a queue of its own."""
+    response.status_code = 200 if queue.is_running else 503
+    return {"status": "healthy" if queue.is_running else "unhealthy", "pid": os.getpid(), **overview(queue)}
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+async def metrics(request: Request, queue: Queue, accept: Annotated[str, Header()] = "") -> Response:
+    """Requests by route, and the queue in numbers: as JSON, or as text where `Accept` asks for Prometheus's."""
+    metrics: Metrics = request.app.state.metrics
+    numbers = overview(queue)
+    if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
+        return JSONResponse({**metrics.as_json(), "queue": numbers})
+    gauges = [f'taskqueue_tasks{{status="{status}"}} {n}' for status, n in numbers["tasks"].items()]
+    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", *gauges,
+             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> HTMLResponse:
+    return HTMLResponse(PAGE)
+
+async def answer_queue_error(_: Request, error: Exception) -> Response:
+    status = HTTP_STATUS[type(error)]  # type: ignore[index]
+    detail: Any = str(error)
+    if status == 422:  # in the shape of every other 422
+        detail = [{"type": "idempotency_key_reused", "loc": ["header", "Idempotency-Key"], "msg": detail}]
+    return JSONResponse({"detail": detail}, status, headers={"Retry-After": "1"} if status == 503 else None)
+
+async def answer_invalid(_: Request, error: Exception) -> Response:
+    """422 with the place and the reason of each error.
+
+    GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
+    the answer can't be encoded, and the client's mistake becomes our 500."""
+    assert isinstance(error, RequestValidationError)
+    detail = [{key: problem[key] for key in ("type", "loc", "msg")} for problem in error.errors()[:20]]
+    body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
+    return Response(body, 422, media_type="application/json")
+
+
+# ======================================================================================================================
+# App                                                                                                   course module 05
+#
+# Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
+# what must be made inside the event loop, and must be stopped.
+
+def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Handler] = HANDLERS) -> FastAPI:
+    """An app with a queue of its own. The queue is made when the lifespan begins, in `app.state.queue`."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        warn_of_more_processes()
+        app.state.shutdown = anyio.Event()  # sse-starlette sets it when the server is told to stop
+        async with TaskQueue(settings, handlers) as app.state.queue:
+            farewell = asyncio.create_task(say_farewell(app))
+            yield
+            farewell.cancel()
+
+    app = FastAPI(title="taskqueue", description="An async task queue, in memory.", lifespan=lifespan)
+    app.state.metrics = Metrics()
+    app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
+    app.add_exception_handler(QueueError, answer_queue_error)
+    app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.include_router(router)
+    return app
+
+async def say_farewell(app: FastAPI) -> None:
+    await app.state.shutdown.wait()
+    app.state.queue.stop_watching()
+
+def warn_of_more_processes() -> None:
+    """SIMPLIFIED: the queue lives in this process. With more of them, production has a broker outside."""
+    words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
+    if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
+        logger.warning("More than one worker process: each has a queue of its own, and a task that was submitted "
+                       "to one is a 404 in the others. Run it with one.")
+
+app = create_app()
+
+# ======================================================================================================================
+# Demo
+#
+# `python taskqueue.py` serves the app above and then uses it, as any client would: over HTTP, with httpx. Each step of
+# the tour says what it shows, and checks that it is so.
+
+class Tour:
+    def __init__(self, client: httpx.AsyncClient, settings: Settings) -> None:
+        self.client, self.settings, self.failed = client, settings, 0
+
+    def check(self, holds: bool, claim: str) -> None:
+        self.failed += not holds
+        print(f"  {'✓' if holds else '✗ NOT SO:'} {claim}", flush=True)
+
+    async def submit(self, task_type: TaskType, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
+        orders = [self.client.post("/tasks", json={"task_type": task_type, **fields}) for _ in range(count)]
+        return [(await order).raise_for_status().json() for order in orders]
+
+    async def follow(self, task: dict[str, Any], show: bool = False) -> dict[str, Any]:
+        """Read the task's stream to its end, draw what comes if `show`, and return the task as it is then."""
+        async with self.client.stream("GET", f"/tasks/{task['id']}/stream", timeout=None) as stream:
+            async for line in stream.aiter_lines():
+                if show and line.startswith("data: "):
+                    frame = json.loads(line.removeprefix("data: "))
+                    bar = "█" * (frame["progress"] // 5) + "░" * (20 - frame["progress"] // 5)
+                    line = f"  {bar} {frame['progress']:3} %  attempt {frame['attempt']}  {frame['status']:9}"
+                    print(line, end="\r" if sys.stdout.isatty() and frame["progress"] < 100 else "\n", flush=True)
+        return (await self.client.get(f"/tasks/{task['id']}")).raise_for_status().json()  # type: ignore[no-any-return]
+
+    async def run(self) -> bool:
+        """Take all steps; return whether each of them showed what it claims."""
+        steps = (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers)
+        for number, step in enumerate(steps, start=1):
+            print(f"\n{number}. {step.__doc__}", flush=True)
+            await step()
+        print(f"\n{self.failed} claims did not hold" if self.failed else "\nEvery claim held.", flush=True)
+        return not self.failed
+
+    async def progress(self) -> None:
+        """POST /tasks answers at once; GET /tasks/{id}/stream then follows the work live."""
+        [task] = await self.submit(TaskType.GENERATE_REPORT, max_retries=10)
+        self.check(task["status"] == "pending", "the POST is answered before the work begins")
+        task = await self.follow(task, show=True)
+        self.check(task["status"] == "completed", f"the result: {task['result']}")
+
+    async def concurrency(self) -> None:
+        """More tasks than workers: the rest wait for a free slot."""
+        workers, seen = self.settings.max_workers, set()
+        tasks = await self.submit(TaskType.RESIZE_IMAGE, 2 * workers, max_retries=10)
+        while (counts := (await self.client.get("/health")).json()["tasks"])["pending"] + counts["running"]:
+            seen.add(counts["running"])
+            await asyncio.sleep(0.02)
+        self.check(max(seen) <= workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time, with {workers} workers")
+
+    async def priority(self) -> None:
+        """A HIGH task that comes last overtakes every LOW one that waits."""
+        busy = await self.submit(TaskType.RESIZE_IMAGE, self.settings.max_workers, max_retries=10)
+        low = await self.submit(TaskType.SEND_EMAIL, 3, priority=Priority.LOW)
+        high = await self.submit(TaskType.SEND_EMAIL, priority=Priority.HIGH)
+        tasks = [await self.follow(task) for task in [*busy, *low, *high]]
+        order = sorted(tasks[len(busy):], key=lambda task: task["started_at"])
+        self.check(order[0]["priority"] == Priority.HIGH, f"they began as {[task['priority'] for task in order]}")
+
+    async def failure(self) -> None:
+        """A handler that raises is tried again, after a backoff; then the task has failed."""
+        [task] = await self.submit(TaskType.SEND_EMAIL, payload={"to": "nobody@example.invalid"}, max_retries=2)
+        task = await self.follow(task, show=True)
+        self.check((task["status"], task["attempt"]) == ("failed", 3), f"after 3 attempts: {task['error']}")
+
+    async def cancelling(self) -> None:
+        """DELETE cancels a task that waits; one that runs, with ?force=true."""
+        [waiting] = await self.submit(TaskType.SEND_EMAIL, delay=60)
+        answer = await self.client.delete(f"/tasks/{waiting['id']}")
+        self.check(answer.status_code == 200, f"the waiting one: {answer.json()['detail']}")
+        [running] = await self.submit(TaskType.GENERATE_REPORT, priority=Priority.HIGH)
+        while (await self.client.get(f"/tasks/{running['id']}")).json()["status"] == "pending":
+            await asyncio.sleep(0.01)
+        answer = await self.client.delete(f"/tasks/{running['id']}", params={"force": True})
+        task = await self.follow(running)
+        self.check(task["status"] == "cancelled", f"the running one: {answer.json()['detail']}, then {task['status']}")
+
+    async def numbers(self) -> None:
+        """GET /metrics has counted every request of this tour."""
+        numbers = (await self.client.get("/metrics")).json()
+        self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']} requests, {numbers['status_counts']}")
+
+class Server(uvicorn.Server):
+    """uvicorn's server, made to stop whatever its clients do.
+
+    uvicorn waits for every response to be sent. A client that has stopped reading would make that last for ever; so
+    what is left a second after the first signal is cut off, and a second signal ends the process at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cut_off = asyncio.get_running_loop().call_later(1, self.cut_off)
+        await super().shutdown(sockets)
+        cut_off.cancel()
+
+    def cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+async def demo(server: Server, settings: Settings, tour: bool, once: bool) -> bool:
+    """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether the tour's claims held."""
+    host = f"[{server.config.host}]" if ":" in server.config.host else server.config.host
+    url = f"http://{host}:{server.config.port}"
+    print(f"The dashboard is at {url}/ and the documentation of the API at {url}/docs")
+    serving = asyncio.create_task(server.serve())
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR if tour else logging.INFO)
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        touring = asyncio.create_task(Tour(client, settings).run() if tour else asyncio.sleep(0, True))
+        await asyncio.wait([serving, touring], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            touring.cancel()
+        await asyncio.wait([touring])
+    logger.setLevel(logging.INFO)
+    if once:
+        server.should_exit = True
+    elif not serving.done():
+        print("\nServing on. Ctrl-C stops it.", flush=True)
+    await serving
+    return not touring.cancelled() and touring.result()
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The task queue with its guided tour.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--once", action="store_true", help="exit after the tour: 0 if every claim held")
+    parser.add_argument("--no-tour", action="store_true", help="only serve")
+    for knob in fields(Settings):
+        info: Any = knob.default  # Pydantic's FieldInfo
+        parser.add_argument(f"--{knob.name.replace('_', '-')}", type=knob.type, default=info.default,
+                            help=f"{info.description} (%(default)s)")
+    args = vars(parser.parse_args())
+    try:
+        settings = Settings(**{knob.name: args[knob.name] for knob in fields(Settings)})
+        family = socket.AF_INET6 if ":" in args["host"] else socket.AF_INET
+        with socket.create_server((args["host"], args["port"]), family=family) as probe:
+            args["port"] = probe.getsockname()[1]  # for --port 0, the one that was free
+    except ValidationError as error:
+        parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"Can't listen on {args['host']}:{args['port']}: {error.strerror}. Is it running already? Try --port.")
+    server = Server(uvicorn.Config(create_app(settings), host=args["host"], port=args["port"], log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt):
+        held = asyncio.run(demo(server, settings, tour=not args["no_tour"], once=args["once"]))
+        sys.exit(0 if held else 1)
+
+if __name__ == "__main__":
+    main()
