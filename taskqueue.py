@@ -33,9 +33,8 @@ Read it top to bottom; no section needs to know those below it:
 
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
 
-Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a
-bug that this very line prevents; test_taskqueue.py has a test of that name. `SIMPLIFIED` says what a
-production system would do instead.
+Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this
+very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` says what production would do instead.
 
     python taskqueue.py               the live demo: a server and a guided tour
     uvicorn taskqueue:app --reload    the service alone
@@ -43,8 +42,8 @@ production system would do instead.
 """
 
 import argparse, asyncio, bisect, contextlib, copy, functools, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time
-from collections import Counter, deque
+import math, os, random, re, secrets, socket, sys, threading, time, traceback
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
@@ -53,10 +52,7 @@ from enum import IntEnum, StrEnum
 from types import FrameType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-import anyio
-import httpx
-import pydantic.dataclasses
-import uvicorn
+import anyio, httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
@@ -69,10 +65,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
 
-
 # ======================================================================================================================
 # Settings
-#
 # Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
 # nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
 # tests do. The demo's flags are made from this class: that is what the descriptions are for.
@@ -93,31 +87,26 @@ class Settings:
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
-
 # ======================================================================================================================
 # Models                                                                                                course module 02
-#
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
 # door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
 # queue, a worker or a route.
 
 class TaskType(StrEnum):
     """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
-
     RESIZE_IMAGE = "resize_image"
     GENERATE_REPORT = "generate_report"
     SEND_EMAIL = "send_email"
 
 class Priority(IntEnum):
     """Lower runs first."""
-
     HIGH = 1
     MEDIUM = 5
     LOW = 10
 
 class Status(StrEnum):
     """Where a task is in its life. TRANSITIONS, in the next section, says where it can go from there."""
-
     PENDING = "pending"
     RUNNING = "running"
     COMPLETED = "completed"
@@ -130,7 +119,6 @@ class Status(StrEnum):
 
 class Payload(BaseModel):
     """What a handler is given. Strict: "800" is not 800. Keys that the model doesn't name are kept."""
-
     model_config = ConfigDict(strict=True, extra="allow")
 
 class ResizeImagePayload(Payload):
@@ -147,9 +135,7 @@ class SendEmailPayload(Payload):
     subject: str = "Hello"
     body: str = ""
 
-# Filled by @handler, two sections below, from the annotation of each handler's first parameter.
-PAYLOAD_MODELS: dict[TaskType, type[BaseModel]] = {}
-
+PAYLOAD_MODELS: dict[TaskType, type[BaseModel]] = {}  # filled by @handler, two sections below
 JSON = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False))
 
 def check_json(value: Any) -> None:
@@ -163,12 +149,10 @@ def check_json(value: Any) -> None:
     to_json([[[[value]]]])  # deeper than Pydantic can write; the brackets: it stands inside other things
 
 # An enum alone would also take True and 1.0, which are equal to 1.
-PlainPriority = Annotated[
-    Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
+PlainPriority = Annotated[Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
 
 class TaskSubmission(BaseModel):
     """An order for a task. Unknown fields are refused: a typo is a 422, not a surprise."""
-
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
@@ -181,9 +165,7 @@ class TaskSubmission(BaseModel):
     @field_validator("payload")
     @classmethod
     def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Check the payload against the model of its task type, and keep it as it was sent.
-
-        Pydantic merges the inner model's errors into ours: the client reads `payload`, `width`, and why."""
+        """Check it against the model of its task type, whose errors Pydantic merges into ours; keep it as it was sent."""
         check_json(payload)
         if task_type := info.data.get("task_type"):
             PAYLOAD_MODELS.get(task_type, Payload).model_validate(payload)
@@ -234,18 +216,15 @@ def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
 
 class TaskList(BaseModel):
     """One page of tasks, newest first."""
-
     tasks: list[TaskStatus]
     total: int = Field(description="every match, not just this page")
 
-
 # ======================================================================================================================
 # Queue                                                                                                 course module 05
-#
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
-# `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers,
-# everything here is a plain function that never awaits. So no other coroutine can run between two of its lines, and no
-# lock is needed. The section knows nothing of HTTP, nor of how a task is run.
+# `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
+# this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
+# The section knows nothing of HTTP, nor of how a task is run.
 
 class QueueError(Exception): """What a caller of the queue can get wrong, or be refused."""
 class TaskNotFound(QueueError): """No such task: the id is wrong, or the task was evicted."""
@@ -258,16 +237,13 @@ class IllegalTransition(Exception): """A bug in this file: a task was to move wh
 TRANSITIONS: dict[Status, set[Status]] = {
     Status.PENDING: {Status.RUNNING, Status.CANCELLED},
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
-    Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set(),
-}
-
+    Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
 StopCause = Literal["timeout", "cancel", "shutdown"]
 Outcome = tuple[Any, str | None]  # of an attempt: its result, and its error or None
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
     """All that is known of one task. Private to the queue and its workers."""
-
     id: str
     sequence: int
     created_at: datetime
@@ -292,14 +268,13 @@ class Task:
     run: "asyncio.Task[Outcome] | None" = None  # the attempt that runs now
     stop_cause: StopCause | None = None  # why that attempt was asked to stop
 
+# GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
+# never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
+# (priority, task) the second entry of a priority raises a TypeError.
 ReadyEntry = tuple[Priority, int, Task]
 
 class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
-    """The tasks that may start now, best first: a PriorityQueue that can also forget.
-
-    GOTCHA [tie-break]: entries are compared from left to right, and no two have the same sequence, so the comparison
-    never reaches the task. With a clock in its place, tasks of one priority are shuffled when it ties or steps; with
-    (priority, dict) the second entry of a priority raises a TypeError."""
+    """The tasks that may start now, best first: a PriorityQueue that can also forget."""
 
     def prune(self) -> None:
         """Drop the entries of tasks that no longer wait."""
@@ -312,7 +287,6 @@ class Shelf:
 
     Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
     numbers, and only the blocks that a page shows are sorted."""
-
     BLOCK = 512
 
     def __init__(self) -> None:
@@ -349,15 +323,14 @@ class Shelf:
 
 class TaskStore:
     """Submit, look up, list, cancel and watch tasks. TaskQueue, further down, adds those who run them."""
-
     SNAPSHOT = 100  # tasks that a new watcher of everything is shown
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = True  # until a TaskQueue is entered
         self.submitted = self.evicted = self.watchers = 0
-        # WHY it starts at the clock and not at 0: a client may come back with the Last-Event-ID of an earlier life of
-        # this server. Each life must number its changes above those of all lives before.
+        # WHY from the clock and not from 0: a client may come back with the Last-Event-ID of an earlier life of this
+        # server, so each life must number its changes above those of all lives before.
         self.version = self.first_version = time.time_ns() // 1000
         self._tasks: dict[str, Task] = {}  # by id; the one that changed last stands last
         self._all = Shelf()
@@ -371,12 +344,9 @@ class TaskStore:
 
     def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
                idempotency_key: str | None = None) -> TaskStatus:
-        """Take in a task and return its first status, or that of the task which the key has made before.
+        """Take in a task and return its first status, or the status of the task that this key has made before.
 
-        Raises QueueFull, QueueStopped and IdempotencyKeyReused.
-
-        GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the client,
-        who sees a server that hangs. Nothing here awaits: it says yes or no, and at once."""
+        Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
         fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
         if idempotency_key and (earlier := self._keys.get(idempotency_key)):
             if earlier[1] != fingerprint:
@@ -384,9 +354,10 @@ class TaskStore:
             return self._view(earlier[0])
         if self.stopping:
             raise QueueStopped("The queue is stopping and takes no tasks")
+        # GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the
+        # client, who sees a server that hangs. Nothing in here awaits: it says yes or no, and at once.
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
-
         self.submitted += 1
         task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
                     submission.task_type, submission.priority, submission.payload, submission.max_retries,
@@ -400,12 +371,11 @@ class TaskStore:
         return TaskStatus.model_validate(task)  # not kept in task.view: those who wait need no picture yet
 
     def get_task(self, task_id: str) -> TaskStatus:
-        """Return the task as it is now. Raises TaskNotFound."""
+        """The task as it is now. Raises TaskNotFound."""
         return self._view(self._find(task_id))
 
-    def list_tasks(self, status: Status | None = None, limit: int = 100,
-                   offset: int = 0) -> tuple[list[TaskStatus], int]:
-        """Return one page, newest first, and how many there are with that status (None: of all)."""
+    def list_tasks(self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
+        """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
         return [self._view(task) for task in shelf.page(limit, offset)], len(shelf)
 
@@ -415,15 +385,14 @@ class TaskStore:
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
         """Cancel a waiting task at once; with `force`, ask a running one to stop.
 
-        A running task is `cancelled` only once its handler has let go: what is returned still says `running`. Raises
-        TaskNotFound, and TaskNotCancellable."""
+        That one is `cancelled` once its handler has let go, and returned as `running` until then. Raises TaskNotFound,
+        and TaskNotCancellable."""
         task = self._find(task_id)
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
             # until it is popped, where `_next_ready` skips it. But while the workers are busy nothing is popped: submit
-            # and cancel all day, and the memory is full. So the dead are swept out once they are a tenth of the heap:
-            # seldom enough for a cancel to stay cheap.
+            # and cancel all day, and memory is full. So the dead are swept out once they are a tenth of the heap.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
         elif task.status is Status.RUNNING and force:
@@ -440,18 +409,16 @@ class TaskStore:
         Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
         task = self._find(task_id)
         sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
-        # GOTCHA [never-entered]: when the client is gone before its response begins, this generator is never started,
-        # and then its `finally` does not run. Whatever the route had registered for it beforehand would stay for ever.
-        # So both happen in here, or neither does.
+        # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
+        # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
         self.watchers += 1
         try:
+            # GOTCHA [snapshot-then-subscribe]: read the state, then subscribe, and a change between the two is lost;
+            # subscribe first, and older events follow a newer state. Here there is nothing to subscribe to: look, and
+            # wait if there is nothing new. No await lies between the two, so nothing can happen there.
+            # GOTCHA [slow-reader]: with a queue for each watcher, a browser on a bad line has us keep all that it has
+            # not read. One that holds just a number wakes up to the latest state; what it missed is kept nowhere.
             while True:
-                # GOTCHA [snapshot-then-subscribe]: read the state and then subscribe, and a change between the two is
-                # lost; subscribe first, and older events follow a newer state. Here there is nothing to subscribe to:
-                # look, and wait if there is nothing new. No await lies between the two, so nothing can happen there.
-                # GOTCHA [slow-reader]: with one queue per watcher, a browser on a bad line has us keep every event that
-                # it hasn't read. A watcher that holds a number wakes up to the latest state, and what it has missed is
-                # kept nowhere.
                 if task.version > sent:
                     sent = task.version
                     yield self._view(task)
@@ -465,8 +432,8 @@ class TaskStore:
     async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
 
-        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (that
-        list can be empty); then what changes, until the queue stops."""
+        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
+        none); then what changes, until the queue stops."""
         resumes = self.first_version < last_event_id <= self.version
         sent = last_event_id if resumes else 0
         changes = self._changes_since(sent, at_most=None if resumes else self.SNAPSHOT)
@@ -493,13 +460,12 @@ class TaskStore:
         await event.wait()
 
     def _wake(self, of: Task | None) -> None:
-        # An event fires once, for all who wait for it, and is gone; who waits next makes a new one. For a task that
-        # nobody watches nothing is made, and nobody woken.
+        """Fire the event, once, for all who wait for it; who waits next makes a new one. Unwatched tasks have none."""
         if event := self._waiting.pop(of, None):
             event.set()
 
     def stop_watching(self) -> None:
-        """From now on take no new tasks and end every watch; what runs, runs on."""
+        """From now on take no new tasks, and end every watch; what runs, runs on."""
         self.stopping = True
         for of in list(self._waiting):
             self._wake(of)
@@ -527,24 +493,22 @@ class TaskStore:
             self._wake(None)
 
     def _schedule(self, task: Task, delay: float) -> None:
-        """Put the task into the ready heap, now or `delay` seconds later.
-
-        GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a few
-        tasks that fail, and nothing else runs. A timer holds nothing.
-        GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
-        stood, and not behind all that came since."""
+        """Put the task into the ready heap, now or `delay` seconds later."""
+        # GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
+        # stood, and not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
             task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
+            # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a
+            # few tasks that fail, and nothing else runs. A timer holds nothing.
             task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
         else:
             self._ready.put_nowait(entry)
 
     def _move(self, task: Task, status: Status, result: Any = None, error: str | None = None) -> None:
-        """Move a task to another state: the one writer of `status`.
-
-        GOTCHA [terminal-is-final]: a cancel and a completion can meet in one step of the loop. Where each just writes,
-        the later one wins, and a stream sends two endings. Here the first one wins."""
+        """Move a task to another state: the one writer of `status`."""
+        # GOTCHA [terminal-is-final]: a cancel and a completion can meet in one step of the loop. Where each just
+        # writes, the later one wins, and a stream sends two endings. Here the first one wins.
         if status not in TRANSITIONS[task.status]:
             raise IllegalTransition(f"task {task.id}: {task.status} → {status}")
         if task.timer:
@@ -553,15 +517,15 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        if status.is_final:
-            task.completed_at = datetime.now(UTC)
+        if not status.is_final:
+            return self._changed(task)
+        task.completed_at = datetime.now(UTC)
         self._changed(task)
-        if status.is_final:
-            # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak. But to evict simply the oldest
-            # can hit one that still runs. In this line stand only the finished.
-            self._finished.append(task)
-            if len(self._finished) > self.settings.keep_finished:
-                self._evict(self._finished.popleft())
+        # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
+        # hit one that still runs. In this line stand only the finished.
+        self._finished.append(task)
+        if len(self._finished) > self.settings.keep_finished:
+            self._evict(self._finished.popleft())
 
     def _evict(self, task: Task) -> None:
         self.evicted += 1
@@ -572,42 +536,37 @@ class TaskStore:
             del self._keys[task.idempotency_key]
 
     def _stop(self, task: Task, cause: StopCause) -> None:
-        """Ask a running attempt to stop; `_settle`, in the next section but one, sees to what comes of it.
+        """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
 
-        GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
-        alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        exception: the cause is written down here, before the cancel.
-        WHY not `asyncio.timeout()`: its verdict is such an exception, and for one of the causes only."""
-        if task.run and task.stop_cause != cause:
+        WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
+        # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
+        # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
+        # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
+        if task.run and task.stop_cause in (None, "timeout"):
             task.stop_cause = cause
             task.run.cancel()
 
-
 # ======================================================================================================================
 # Handlers                                                                                              course module 05
-#
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
-# in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def` or a
-# plain `def`; the latter runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
+# in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
+# plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
 # tested, or moved to another queue, as it is.
 
 UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 HANDLERS: dict[TaskType, Handler] = {}
-
 # How the simulated handlers below learn of `pace` and `failure_rate`: a worker loop sets it for its queue.
 current_settings: ContextVar[Settings] = ContextVar("current_settings", default=Settings())
 
 def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
     """Register the function below for `task_type`; the annotation of its payload is the validation."""
-
     def register(function: AnyHandler) -> AnyHandler:
         HANDLERS[task_type] = function
         first_parameter = next(iter(inspect.signature(function).parameters))
         PAYLOAD_MODELS[task_type] = get_type_hints(function).get(first_parameter, Payload)
         return function
-
     return register
 
 async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
@@ -627,17 +586,12 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
 async def run_in_thread(function: Handler, payload: BaseModel, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
 
-    GOTCHA [blocking-handler]: on the event loop, `time.sleep(5)` stops every request, stream and timer of the process
-    for five seconds. In a thread it holds up nobody.
-
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
-
     WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
     never returns would make Ctrl-C hang for ever."""
-    loop = asyncio.get_running_loop()
+    loop, stopped = asyncio.get_running_loop(), threading.Event()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-    stopped = threading.Event()
 
     def report(percent: float) -> None:
         if stopped.is_set():
@@ -645,14 +599,15 @@ async def run_in_thread(function: Handler, payload: BaseModel, update_progress: 
         update_progress(percent)
 
     def work() -> None:
-        outcome: tuple[Any, BaseException | None]
         try:
-            outcome = function(payload, report), None
+            outcome: tuple[Any, BaseException | None] = function(payload, report), None
         except BaseException as error:
             outcome = None, error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(ended.set_result, outcome)
 
+    # GOTCHA [blocking-handler]: on the event loop, `time.sleep(5)` stops every request, stream and timer of the process
+    # for five seconds. In a thread it holds up nobody.
     threading.Thread(target=copy_context().run, args=(work,), name="handler", daemon=True).start()
     while not ended.done():
         try:
@@ -662,13 +617,15 @@ async def run_in_thread(function: Handler, payload: BaseModel, update_progress: 
     result, error = ended.result()
     if error is not None:
         raise error
+    if stopped.is_set():
+        raise asyncio.CancelledError("it was cancelled, and has ended since")
     return result
 
 # The three handlers of the service only simulate: they sleep through their stages and, now and then, fail.
 
-def simulate(stages: Iterable[str], seconds: float) -> Iterator[tuple[float, float]]:
-    """For each stage yield how long it takes, and how many per cent are done then; fail after one, maybe."""
-    settings, stages = current_settings.get(), list(stages)
+def simulate(stages: list[str], seconds: float) -> Iterator[tuple[float, float]]:
+    """For each stage yield how long it takes, and how many per cent are done then; maybe fail after one."""
+    settings = current_settings.get()
     fails_at = random.choice(stages) if random.random() < settings.failure_rate else None
     for number, stage in enumerate(stages, start=1):
         yield seconds * settings.pace, 100 * number / len(stages)
@@ -700,13 +657,11 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
         update_progress(percent)
     return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
 
-
 # ======================================================================================================================
 # Workers                                                                                               course module 05
-#
-# Those who run the tasks. One loop takes a slot and then the best task. Each attempt is an asyncio task of its own, and
-# whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The section
-# knows nothing of HTTP.
+# Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
+# and whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The
+# section knows nothing of HTTP.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
     """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
@@ -717,33 +672,25 @@ def backoff_delay(attempt: int, settings: Settings) -> float:
 
 def describe(error: BaseException) -> str:
     """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
-    try:
-        message = str(error)
-    except Exception:
-        message = "its message can't be shown"
-    return f"{type(error).__name__}: {message}"[:1000].encode(errors="replace").decode()
+    return "".join(traceback.format_exception_only(error)).strip()[:1000].encode(errors="replace").decode()
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
 
     Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
-    what has not ended by then ends as `cancelled`.
-
-    GOTCHA [one-loop]: asyncio's primitives belong to the event loop in which they are first waited for. Made at import,
-    they break in the second app, or the second test, of a process. So each queue makes its own."""
-
+    what has not ended by then ends as `cancelled`."""
     STUBBORN_SECONDS = 0.3  # how long a stop waits for handlers that ignore their cancellation
 
-    def __init__(self, settings: Settings | None = None,
-                 handlers: Mapping[TaskType, Handler] | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, handlers: Mapping[TaskType, Handler] | None = None) -> None:
         super().__init__(settings or Settings())
         self.handlers = HANDLERS if handlers is None else handlers
+        # GOTCHA [one-loop]: asyncio's primitives belong to the event loop in which they are first waited for. Made at
+        # import, they break in the second app, or the second test, of a process. So each queue makes its own.
         self._slots = asyncio.Semaphore(self.settings.max_workers)
         self._worker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._thread_id = threading.get_ident()
+        self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
         # GOTCHA [strong-reference]: the event loop itself keeps only weak references to its tasks. One that nobody else
         # refers to can be collected in the middle of its work.
         self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
@@ -760,9 +707,9 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING]:
             self._stop(task, "shutdown")
         await self._wait_for_running(self.STUBBORN_SECONDS)
-        for task in self._shelves[Status.RUNNING]:
-            logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
         for task in [*self._shelves[Status.RUNNING], *self._shelves[Status.PENDING]]:
+            if task.run:
+                logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
             self._move(task, Status.CANCELLED)
 
     async def _wait_for_running(self, seconds: float) -> None:
@@ -771,10 +718,9 @@ class TaskQueue(TaskStore):
 
     @property
     def is_running(self) -> bool:
-        """Whether the worker loop is alive.
-
-        GOTCHA [dead-loop]: a flag that is set at the start and cleared at the stop is still set when the loop has died
-        of a bug: health says healthy, and nothing runs. So we ask the loop itself."""
+        """Whether the worker loop is alive."""
+        # GOTCHA [dead-loop]: a flag that is set at the start and cleared at the stop is still set when the loop has
+        # died of a bug: health says healthy, and nothing runs. So we ask the loop itself.
         return self._worker is not None and not self._worker.done()
 
     def _report_death(self, worker: asyncio.Task[None]) -> None:
@@ -782,13 +728,12 @@ class TaskQueue(TaskStore):
             logger.critical("the worker loop has died: no task will run", exc_info=error)
 
     async def worker_loop(self) -> None:
-        """For ever: take a slot, then the best task that is ready, and start an attempt.
-
-        GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one task in hand
-        already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters, none is
-        left."""
+        """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
+            # GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one in hand
+            # already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters,
+            # none is left.
             await self._slots.acquire()
             try:
                 task = await self._next_ready()
@@ -811,24 +756,22 @@ class TaskQueue(TaskStore):
         self._move(task, Status.RUNNING)
         task.run = asyncio.create_task(self._attempt(task))
         # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of its
-        # code, not even a `finally`: a slot that is given back there is lost, and the task is `running` for ever. A
-        # done callback is called in every case.
+        # code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever. A done
+        # callback is called in every case.
         task.run.add_done_callback(functools.partial(self._settle, task))
         task.timer = self._loop.call_later(task.timeout, self._stop, task, "timeout")
 
     async def _attempt(self, task: Task) -> Outcome:
-        """Run the handler once, and return what came of it; raises nothing.
-
-        GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the task.
-        It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler stops
-        the server. Elsewhere it would be wrong to swallow these; but this is the outermost frame of its asyncio task,
-        and what it returns is recorded by `_settle`."""
+        """Run the handler once, and return what came of it; raises nothing."""
         try:
             update_progress = functools.partial(self._report, task, task.attempt)
             result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
             result = to_jsonable_python(result)  # a copy of our own; models and dates become plain JSON
             check_json(result)
             return result, None
+        # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
+        # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
+        # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
         except BaseException as error:
             logger.debug("[%s] task %s, attempt %d", task.request_id, task.id, task.attempt, exc_info=True)
             return None, describe(error)
@@ -868,10 +811,8 @@ class TaskQueue(TaskStore):
         logger.info("[%s] task %s (%s) attempt %d: %s", task.request_id, task.id, task.task_type, task.attempt,
                     task.error or task.status)
 
-
 # ======================================================================================================================
 # Middleware                                                                                            course module 07
-#
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 #
@@ -882,60 +823,46 @@ class TaskQueue(TaskStore):
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, math.inf)  # upper bounds, seconds
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
-@dataclass
-class Series:
-    """What is known of all requests to one route."""
-
-    statuses: Counter[int]
-    buckets: list[int]
-    seconds: float = 0.0
-
 class Metrics:
-    """Counts requests, and how long they took, by route.
+    """Counts the requests to each route, and how long they took.
 
     GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
     templates are few. A method is a client's free text too."""
 
     def __init__(self) -> None:
-        self.series: dict[tuple[str, str], Series] = {}
+        self.statuses: dict[tuple[str, str], Counter[int]] = {}  # by method and route
+        self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self.buckets: dict[tuple[str, str], list[int]] = {}
 
-    def record(self, method: str, route: str, status: int, seconds: float) -> None:
-        if not (series := self.series.get((method, route))):
-            series = self.series[method, route] = Series(Counter(), [0] * len(BUCKETS))
-        series.statuses[status] += 1
-        series.seconds += seconds
-        series.buckets[bisect.bisect_left(BUCKETS, seconds)] += 1
+    def record(self, route: tuple[str, str], status: int, seconds: float) -> None:
+        if route not in self.statuses:
+            self.statuses[route], self.buckets[route] = Counter(), [0] * len(BUCKETS)
+        self.statuses[route][status] += 1
+        self.seconds[route] += seconds
+        self.buckets[route][bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def as_json(self) -> dict[str, Any]:
-        statuses = sum((series.statuses for series in self.series.values()), Counter[int]())
-        seconds = sum(series.seconds for series in self.series.values())
+        counts = {route: statuses.total() for route, statuses in self.statuses.items()}
+        routes = {" ".join(route): {
+            "count": count, "avg_duration_ms": round(1000 * self.seconds[route] / count, 3),
+            "up_to_ms": {f"{1000 * le:g}": n for le, n in zip(BUCKETS, self.buckets[route], strict=True) if n},
+        } for route, count in counts.items()}
         return {
-            "total_requests": statuses.total(),
-            "avg_duration_ms": round(1000 * seconds / max(1, statuses.total()), 3),
-            "status_counts": {str(status): count for status, count in sorted(statuses.items())},
-            "routes": {
-                f"{method} {route}": {
-                    "count": series.statuses.total(),
-                    "avg_duration_ms": round(1000 * series.seconds / series.statuses.total(), 3),
-                    "up_to_ms": {f"{1000 * le:g}": n for le, n in zip(BUCKETS, series.buckets, strict=True) if n},
-                } for (method, route), series in self.series.items()
-            },
-        }
+            "total_requests": sum(counts.values()),
+            "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, sum(counts.values())), 3),
+            "status_counts": sum(self.statuses.values(), Counter[int]()), "routes": routes}
 
     def as_prometheus(self) -> Iterator[str]:
-        """Lines of the text format 0.0.4. A bucket there counts all that took up to its bound."""
-        name = "taskqueue_http_request_duration_seconds"
-        yield "# TYPE taskqueue_http_requests_total counter"
-        yield f"# TYPE {name} histogram"
-        for (method, route), series in self.series.items():
-            labels = f'method="{method}",route="{route}"'
-            for status, count in series.statuses.items():
-                yield f'taskqueue_http_requests_total{{{labels},status="{status}"}} {count}'
-            for bound, count in zip(BUCKETS, itertools.accumulate(series.buckets), strict=True):
-                le = "+Inf" if bound == math.inf else f"{bound:g}"
-                yield f'{name}_bucket{{{labels},le="{le}"}} {count}'
-            yield f"{name}_sum{{{labels}}} {series.seconds:.6f}"
-            yield f"{name}_count{{{labels}}} {series.statuses.total()}"
+        """Lines of the text format 0.0.4. There a bucket counts all that took up to its bound."""
+        requests, name = "taskqueue_http_requests_total", "taskqueue_http_request_duration_seconds"
+        yield from (f"# TYPE {requests} counter", f"# TYPE {name} histogram")
+        for route, statuses in self.statuses.items():
+            labels = f'method="{route[0]}",route="{route[1]}"'
+            yield from (f'{requests}{{{labels},status="{status}"}} {count}' for status, count in statuses.items())
+            for bound, count in zip(BUCKETS, itertools.accumulate(self.buckets[route]), strict=True):
+                yield f'{name}_bucket{{{labels},le="{bound:g}"}} {count}'.replace("inf", "+Inf")
+            yield f"{name}_sum{{{labels}}} {self.seconds[route]:.6f}"
+            yield f"{name}_count{{{labels}}} {statuses.total()}"
 
 class RequestMiddleware:
     """Gives every request its id, its limit, its line in the log and its place in the metrics."""
@@ -992,14 +919,12 @@ class RequestMiddleware:
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
         route = getattr(scope.get("route"), "path", "(other)")  # the router has set it by now
-        self.metrics.record(method, route, status, seconds)
+        self.metrics.record((method, route), status, seconds)
         # %a escapes all but printable ASCII: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
-
 # ======================================================================================================================
 # Page
-#
 # GET / for now: a way to the interactive documentation.
 
 PAGE = """<!doctype html>
@@ -1007,10 +932,8 @@ PAGE = """<!doctype html>
 <h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
 """
 
-
 # ======================================================================================================================
 # Routes                                                                                                course module 07
-#
 # The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
 # exceptions become status codes in one table, so a route is only about what goes well.
 
@@ -1130,20 +1053,19 @@ def overview(queue: TaskQueue) -> dict[str, Any]:
 
 @router.get("/health", responses={503: {"description": "The worker loop is not running"}})
 async def health(queue: Queue, response: Response) -> dict[str, Any]:
-    """Whether the worker loop is alive. `pid`: each process has a queue of its own."""
+    """Whether the worker loop is alive. The `pid` tells processes apart: each has a queue of its own."""
     response.status_code = 200 if queue.is_running else 503
     return {"status": "healthy" if queue.is_running else "unhealthy", "pid": os.getpid(), **overview(queue)}
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 async def metrics(request: Request, queue: Queue, accept: Annotated[str, Header()] = "") -> Response:
-    """Requests by route, and the queue in numbers: as JSON, or as text where `Accept` asks for Prometheus's."""
+    """JSON; or the text format of Prometheus, where `Accept` asks for text/plain or application/openmetrics-text."""
     metrics: Metrics = request.app.state.metrics
-    numbers = overview(queue)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
-        return JSONResponse({**metrics.as_json(), "queue": numbers})
-    gauges = [f'taskqueue_tasks{{status="{status}"}} {n}' for status, n in numbers["tasks"].items()]
-    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", *gauges,
-             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
+        return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
+    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
+             *(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}' for status in Status),
+             f"taskqueue_submitted_total {queue.submitted}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -1151,10 +1073,9 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE)
 
 async def answer_queue_error(_: Request, error: Exception) -> Response:
-    status = HTTP_STATUS[type(error)]  # type: ignore[index]
-    detail: Any = str(error)
+    status, detail = HTTP_STATUS[type(error)], str(error)  # type: ignore[index]
     if status == 422:  # in the shape of every other 422
-        detail = [{"type": "idempotency_key_reused", "loc": ["header", "Idempotency-Key"], "msg": detail}]
+        detail = [{"type": "value_error", "loc": ["header", "Idempotency-Key"], "msg": detail}]  # type: ignore
     return JSONResponse({"detail": detail}, status, headers={"Retry-After": "1"} if status == 503 else None)
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
@@ -1167,10 +1088,8 @@ async def answer_invalid(_: Request, error: Exception) -> Response:
     body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
     return Response(body, 422, media_type="application/json")
 
-
 # ======================================================================================================================
 # App                                                                                                   course module 05
-#
 # Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
 # what must be made inside the event loop, and must be stopped.
 
@@ -1203,42 +1122,21 @@ def warn_of_more_processes() -> None:
     """SIMPLIFIED: the queue lives in this process. With more of them, production has a broker outside."""
     words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
     if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
-        logger.warning("More than one worker process: each has a queue of its own, and a task that was submitted "
-                       "to one is a 404 in the others. Run it with one.")
+        logger.warning("more than one process: each has a queue of its own, whose tasks are a 404 in the others")
 
 app = create_app()
 
 # ======================================================================================================================
 # Demo
-#
-# `python taskqueue.py` serves the app above and then uses it, as any client would: over HTTP, with httpx. Each step of
+# `python taskqueue.py` serves the app above, and then uses it as any client would: over HTTP, with httpx. Each step of
 # the tour says what it shows, and checks that it is so.
 
 class Tour:
-    def __init__(self, client: httpx.AsyncClient, settings: Settings) -> None:
-        self.client, self.settings, self.failed = client, settings, 0
-
-    def check(self, holds: bool, claim: str) -> None:
-        self.failed += not holds
-        print(f"  {'✓' if holds else '✗ NOT SO:'} {claim}", flush=True)
-
-    async def submit(self, task_type: TaskType, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
-        orders = [self.client.post("/tasks", json={"task_type": task_type, **fields}) for _ in range(count)]
-        return [(await order).raise_for_status().json() for order in orders]
-
-    async def follow(self, task: dict[str, Any], show: bool = False) -> dict[str, Any]:
-        """Read the task's stream to its end, draw what comes if `show`, and return the task as it is then."""
-        async with self.client.stream("GET", f"/tasks/{task['id']}/stream", timeout=None) as stream:
-            async for line in stream.aiter_lines():
-                if show and line.startswith("data: "):
-                    frame = json.loads(line.removeprefix("data: "))
-                    bar = "█" * (frame["progress"] // 5) + "░" * (20 - frame["progress"] // 5)
-                    line = f"  {bar} {frame['progress']:3} %  attempt {frame['attempt']}  {frame['status']:9}"
-                    print(line, end="\r" if sys.stdout.isatty() and frame["progress"] < 100 else "\n", flush=True)
-        return (await self.client.get(f"/tasks/{task['id']}")).raise_for_status().json()  # type: ignore[no-any-return]
+    def __init__(self, client: httpx.AsyncClient, workers: int) -> None:
+        self.client, self.workers, self.failed = client, workers, 0
 
     async def run(self) -> bool:
-        """Take all steps; return whether each of them showed what it claims."""
+        """Take all steps; return whether everything held that they claim."""
         steps = (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers)
         for number, step in enumerate(steps, start=1):
             print(f"\n{number}. {step.__doc__}", flush=True)
@@ -1246,58 +1144,79 @@ class Tour:
         print(f"\n{self.failed} claims did not hold" if self.failed else "\nEvery claim held.", flush=True)
         return not self.failed
 
+    def check(self, holds: bool, claim: str) -> None:
+        self.failed += not holds
+        print(f"   {'✓' if holds else '✗ NOT SO:'} {claim}", flush=True)
+
+    async def get(self, path: str) -> Any:
+        return (await self.client.get(path)).raise_for_status().json()
+
+    async def submit(self, task_type: TaskType, **fields: Any) -> Any:
+        return (await self.client.post("/tasks", json={"task_type": task_type, **fields})).raise_for_status().json()
+
+    async def follow(self, task: Any, show: bool = False) -> Any:
+        """Read the task's stream to its end, drawing what comes if `show`; return the task as it is then."""
+        async with self.client.stream("GET", f"/tasks/{task['id']}/stream", timeout=None) as stream:
+            async for line in stream.aiter_lines():
+                if show and line.startswith("data: "):
+                    now = json.loads(line.removeprefix("data: "))
+                    bar = "█" * (now["progress"] // 5) + "░" * (20 - now["progress"] // 5)
+                    redraw = sys.stdout.isatty() and not Status(now["status"]).is_final
+                    print(f"   {bar} {now['progress']:3} %, attempt {now['attempt']}, {now['status']:9}",
+                          end="\r" if redraw else "\n", flush=True)
+        return await self.get(f"/tasks/{task['id']}")
+
     async def progress(self) -> None:
-        """POST /tasks answers at once; GET /tasks/{id}/stream then follows the work live."""
-        [task] = await self.submit(TaskType.GENERATE_REPORT, max_retries=10)
+        """POST /tasks answers at once; GET /tasks/{id}/stream then follows the work, live."""
+        task = await self.submit(TaskType.GENERATE_REPORT, max_retries=10)
         self.check(task["status"] == "pending", "the POST is answered before the work begins")
         task = await self.follow(task, show=True)
         self.check(task["status"] == "completed", f"the result: {task['result']}")
 
     async def concurrency(self) -> None:
-        """More tasks than workers: the rest wait for a free slot."""
-        workers, seen = self.settings.max_workers, set()
-        tasks = await self.submit(TaskType.RESIZE_IMAGE, 2 * workers, max_retries=10)
-        while (counts := (await self.client.get("/health")).json()["tasks"])["pending"] + counts["running"]:
-            seen.add(counts["running"])
-            await asyncio.sleep(0.02)
-        self.check(max(seen) <= workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time, with {workers} workers")
+        """With more tasks than workers, the rest wait for a slot."""
+        tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(2 * self.workers)]
+        seen = []
+        while (counts := (await self.get("/health"))["tasks"])["pending"] + counts["running"]:
+            seen.append(counts["running"])
+        self.check(max(seen) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
 
     async def priority(self) -> None:
         """A HIGH task that comes last overtakes every LOW one that waits."""
-        busy = await self.submit(TaskType.RESIZE_IMAGE, self.settings.max_workers, max_retries=10)
-        low = await self.submit(TaskType.SEND_EMAIL, 3, priority=Priority.LOW)
-        high = await self.submit(TaskType.SEND_EMAIL, priority=Priority.HIGH)
-        tasks = [await self.follow(task) for task in [*busy, *low, *high]]
-        order = sorted(tasks[len(busy):], key=lambda task: task["started_at"])
-        self.check(order[0]["priority"] == Priority.HIGH, f"they began as {[task['priority'] for task in order]}")
+        tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(self.workers)]
+        for priority in (Priority.LOW, Priority.LOW, Priority.LOW, Priority.HIGH):
+            tasks.append(await self.submit(TaskType.SEND_EMAIL, priority=priority))
+        waited = [await self.follow(task) for task in tasks][self.workers :]
+        order = [task["priority"] for task in sorted(waited, key=lambda task: task["started_at"])]
+        self.check(order == [1, 10, 10, 10], f"they were started by priority: {order}")
 
     async def failure(self) -> None:
-        """A handler that raises is tried again, after a backoff; then the task has failed."""
-        [task] = await self.submit(TaskType.SEND_EMAIL, payload={"to": "nobody@example.invalid"}, max_retries=2)
+        """A handler that raises is tried again, after a backoff; in the end the task has failed."""
+        task = await self.submit(TaskType.SEND_EMAIL, payload={"to": "nobody@example.invalid"}, max_retries=2)
         task = await self.follow(task, show=True)
         self.check((task["status"], task["attempt"]) == ("failed", 3), f"after 3 attempts: {task['error']}")
 
     async def cancelling(self) -> None:
-        """DELETE cancels a task that waits; one that runs, with ?force=true."""
-        [waiting] = await self.submit(TaskType.SEND_EMAIL, delay=60)
+        """DELETE cancels a task that waits; with ?force=true also one that runs."""
+        waiting = await self.submit(TaskType.SEND_EMAIL, delay=60)
         answer = await self.client.delete(f"/tasks/{waiting['id']}")
         self.check(answer.status_code == 200, f"the waiting one: {answer.json()['detail']}")
-        [running] = await self.submit(TaskType.GENERATE_REPORT, priority=Priority.HIGH)
-        while (await self.client.get(f"/tasks/{running['id']}")).json()["status"] == "pending":
+        running = await self.submit(TaskType.GENERATE_REPORT, priority=Priority.HIGH)
+        while (await self.get(f"/tasks/{running['id']}"))["status"] == "pending":
             await asyncio.sleep(0.01)
-        answer = await self.client.delete(f"/tasks/{running['id']}", params={"force": True})
-        task = await self.follow(running)
-        self.check(task["status"] == "cancelled", f"the running one: {answer.json()['detail']}, then {task['status']}")
+        answer = await self.client.delete(f"/tasks/{running['id']}?force=true")
+        running = await self.follow(running)
+        self.check(running["status"] == "cancelled", f"the running one: {answer.json()['detail']}; then it was")
 
     async def numbers(self) -> None:
-        """GET /metrics has counted every request of this tour."""
-        numbers = (await self.client.get("/metrics")).json()
-        self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']} requests, {numbers['status_counts']}")
+        """GET /metrics has counted all of these requests."""
+        numbers = await self.get("/metrics")
+        self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
 
 class Server(uvicorn.Server):
-    """uvicorn's server, made to stop whatever its clients do.
+    """uvicorn's server, which stops whatever its clients do.
 
-    uvicorn waits for every response to be sent. A client that has stopped reading would make that last for ever; so
+    uvicorn itself waits until every response is sent, and to a client that has stopped reading that is for ever. Here,
     what is left a second after the first signal is cut off, and a second signal ends the process at once."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -1306,61 +1225,56 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        cut_off = asyncio.get_running_loop().call_later(1, self.cut_off)
+        timer = asyncio.get_running_loop().call_later(1, self.cut_off)
         await super().shutdown(sockets)
-        cut_off.cancel()
+        timer.cancel()
 
     def cut_off(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
-async def demo(server: Server, settings: Settings, tour: bool, once: bool) -> bool:
-    """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether the tour's claims held."""
-    host = f"[{server.config.host}]" if ":" in server.config.host else server.config.host
-    url = f"http://{host}:{server.config.port}"
-    print(f"The dashboard is at {url}/ and the documentation of the API at {url}/docs")
+async def demo(server: Server, url: str, settings: Settings, tour: bool, once: bool) -> bool:
+    """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether its claims held."""
     serving = asyncio.create_task(server.serve())
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
+    print(f"The live page is {url}/ and the documentation of the API {url}/docs", flush=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logger.setLevel(logging.ERROR if tour else logging.INFO)
+    logger.setLevel(logging.ERROR if tour else logging.INFO)  # the log would drown the tour
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        touring = asyncio.create_task(Tour(client, settings).run() if tour else asyncio.sleep(0, True))
+        touring = asyncio.create_task(Tour(client, settings.max_workers).run() if tour else asyncio.sleep(0, True))
         await asyncio.wait([serving, touring], return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            touring.cancel()
+        touring.cancel()  # does nothing if it has ended
         await asyncio.wait([touring])
     logger.setLevel(logging.INFO)
-    if once:
-        server.should_exit = True
-    elif not serving.done():
-        print("\nServing on. Ctrl-C stops it.", flush=True)
+    server.should_exit = server.should_exit or once
+    if not server.should_exit:
+        print("\nServing on; Ctrl-C stops it.", flush=True)
     await serving
     return not touring.cancelled() and touring.result()
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The task queue with its guided tour.")
+    parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--once", action="store_true", help="exit after the tour: 0 if every claim held")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="exit after the tour: with 0 if every claim held")
     parser.add_argument("--no-tour", action="store_true", help="only serve")
     for knob in fields(Settings):
         info: Any = knob.default  # Pydantic's FieldInfo
-        parser.add_argument(f"--{knob.name.replace('_', '-')}", type=knob.type, default=info.default,
+        parser.add_argument("--" + knob.name.replace("_", "-"), type=knob.type, default=info.default,
                             help=f"{info.description} (%(default)s)")
-    args = vars(parser.parse_args())
+    args = parser.parse_args()
     try:
-        settings = Settings(**{knob.name: args[knob.name] for knob in fields(Settings)})
-        family = socket.AF_INET6 if ":" in args["host"] else socket.AF_INET
-        with socket.create_server((args["host"], args["port"]), family=family) as probe:
-            args["port"] = probe.getsockname()[1]  # for --port 0, the one that was free
+        settings = Settings(**{knob.name: getattr(args, knob.name) for knob in fields(Settings)})
+        with socket.create_server((args.host, args.port)) as probe:
+            host, port = probe.getsockname()
     except ValidationError as error:
         parser.error(str(error))
     except OSError as error:
-        sys.exit(f"Can't listen on {args['host']}:{args['port']}: {error.strerror}. Is it running already? Try --port.")
-    server = Server(uvicorn.Config(create_app(settings), host=args["host"], port=args["port"], log_level="warning"))
+        sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
+    server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
-        held = asyncio.run(demo(server, settings, tour=not args["no_tour"], once=args["once"]))
+        held = asyncio.run(demo(server, f"http://{host}:{port}", settings, not args.no_tour, args.once))
         sys.exit(0 if held else 1)
 
 if __name__ == "__main__":
