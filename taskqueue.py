@@ -42,17 +42,17 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
 """
 
 import argparse, asyncio, bisect, contextlib, copy, functools, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time, traceback
+import os, random, re, secrets, socket, sys, threading, time, traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum, StrEnum
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-import anyio, httpx, pydantic.dataclasses, uvicorn
+import httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
@@ -165,7 +165,7 @@ class TaskSubmission(BaseModel):
     @field_validator("payload")
     @classmethod
     def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Check it against the model of its task type, whose errors Pydantic merges into ours; keep it as it was sent."""
+        """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
         check_json(payload)
         if task_type := info.data.get("task_type"):
             PAYLOAD_MODELS.get(task_type, Payload).model_validate(payload)
@@ -374,7 +374,8 @@ class TaskStore:
         """The task as it is now. Raises TaskNotFound."""
         return self._view(self._find(task_id))
 
-    def list_tasks(self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
+    def list_tasks(self, status: Status | None = None, limit: int = 100,
+                   offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
         return [self._view(task) for task in shelf.page(limit, offset)], len(shelf)
@@ -517,10 +518,10 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        if not status.is_final:
-            return self._changed(task)
-        task.completed_at = datetime.now(UTC)
+        task.completed_at = datetime.now(UTC) if status.is_final else None
         self._changed(task)
+        if not status.is_final:
+            return
         # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
         # hit one that still runs. In this line stand only the finished.
         self._finished.append(task)
@@ -815,12 +816,12 @@ class TaskQueue(TaskStore):
 # Middleware                                                                                            course module 07
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
-#
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
 # between app and server. Behind it the app no longer hears that its client has gone, context variables don't pass, and
 # streams are hard to stop. What stands here only looks at messages that go by.
 
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, math.inf)  # upper bounds, seconds
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
+BOUNDS = [*map(str, BUCKETS), "+Inf"]
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class Metrics:
@@ -836,33 +837,35 @@ class Metrics:
 
     def record(self, route: tuple[str, str], status: int, seconds: float) -> None:
         if route not in self.statuses:
-            self.statuses[route], self.buckets[route] = Counter(), [0] * len(BUCKETS)
+            self.statuses[route], self.buckets[route] = Counter(), [0] * len(BOUNDS)
         self.statuses[route][status] += 1
         self.seconds[route] += seconds
         self.buckets[route][bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def as_json(self) -> dict[str, Any]:
-        counts = {route: statuses.total() for route, statuses in self.statuses.items()}
-        routes = {" ".join(route): {
-            "count": count, "avg_duration_ms": round(1000 * self.seconds[route] / count, 3),
-            "up_to_ms": {f"{1000 * le:g}": n for le, n in zip(BUCKETS, self.buckets[route], strict=True) if n},
-        } for route, count in counts.items()}
-        return {
-            "total_requests": sum(counts.values()),
-            "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, sum(counts.values())), 3),
-            "status_counts": sum(self.statuses.values(), Counter[int]()), "routes": routes}
+        total = sum(statuses.total() for statuses in self.statuses.values())
+        return {"total_requests": total,
+                "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, total), 3),
+                "status_counts": sum(self.statuses.values(), Counter[int]()),
+                "routes": {" ".join(route): {
+                    "count": statuses.total(),
+                    "avg_duration_ms": round(1000 * self.seconds[route] / statuses.total(), 3),
+                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, self.buckets[route], strict=True) if n},
+                } for route, statuses in self.statuses.items()}}
 
     def as_prometheus(self) -> Iterator[str]:
         """Lines of the text format 0.0.4. There a bucket counts all that took up to its bound."""
-        requests, name = "taskqueue_http_requests_total", "taskqueue_http_request_duration_seconds"
-        yield from (f"# TYPE {requests} counter", f"# TYPE {name} histogram")
+        labels = {route: f'method="{route[0]}",route="{route[1]}"' for route in self.statuses}
+        yield "# TYPE taskqueue_http_requests_total counter"
         for route, statuses in self.statuses.items():
-            labels = f'method="{route[0]}",route="{route[1]}"'
-            yield from (f'{requests}{{{labels},status="{status}"}} {count}' for status, count in statuses.items())
-            for bound, count in zip(BUCKETS, itertools.accumulate(self.buckets[route]), strict=True):
-                yield f'{name}_bucket{{{labels},le="{bound:g}"}} {count}'.replace("inf", "+Inf")
-            yield f"{name}_sum{{{labels}}} {self.seconds[route]:.6f}"
-            yield f"{name}_count{{{labels}}} {statuses.total()}"
+            for status, n in statuses.items():
+                yield f'taskqueue_http_requests_total{{{labels[route]},status="{status}"}} {n}'
+        yield "# TYPE taskqueue_http_request_seconds histogram"
+        for route, buckets in self.buckets.items():
+            for le, n in zip(BOUNDS, itertools.accumulate(buckets), strict=True):
+                yield f'taskqueue_http_request_seconds_bucket{{{labels[route]},le="{le}"}} {n}'
+            yield f"taskqueue_http_request_seconds_sum{{{labels[route]}}} {self.seconds[route]:.6f}"
+            yield f"taskqueue_http_request_seconds_count{{{labels[route]}}} {sum(buckets)}"
 
 class RequestMiddleware:
     """Gives every request its id, its limit, its line in the log and its place in the metrics."""
@@ -884,7 +887,7 @@ class RequestMiddleware:
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))
-            if body_size > self.max_body:
+            if body_size > self.max_body and not started:  # once the answer goes out, nobody waits for a body
                 raise HTTPException(413, f"The body has more than {self.max_body} bytes")
             return message
 
@@ -892,7 +895,7 @@ class RequestMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
                 # GOTCHA [stream-latency]: a stream "takes" as long as somebody watches it, and a few of those drown the
                 # average of all others. Measured to its first byte it is a request like any.
                 self._record(scope, request_id, message["status"], time.perf_counter() - began)
@@ -954,9 +957,7 @@ ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: the answers that routes h
 }
 
 async def get_queue(request: Request) -> TaskQueue:
-    """The queue of this app: a dependency of most routes. It is there once the lifespan has begun."""
-    queue: TaskQueue = request.app.state.queue
-    return queue
+    return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
 
 Queue = Annotated[TaskQueue, Depends(get_queue)]
 LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
@@ -967,8 +968,7 @@ async def submit_task(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
     """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
-    status = queue.submit(
-        submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    status = queue.submit(submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
 
@@ -993,16 +993,15 @@ async def cancel_task(task_id: str, response: Response, queue: Queue, force: boo
     response.status_code = 202
     return {"detail": "Cancellation requested", "task_id": task_id}
 
-def event_stream(request: Request, frames: AsyncIterator[bytes]) -> EventSourceResponse:
-    """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops.
-
-    GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream does
-    not end by itself: Ctrl-C waits for ever, or cuts it off where a client sees an error. sse-starlette notices the
-    signal and sets `shutdown_event`, but it can't wake a generator that waits for something else: the lifespan below
-    waits for that event, and has the queue end all watches."""
-    settings: Settings = request.app.state.queue.settings
+def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceResponse:
+    """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
+    # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
+    # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
+    # the signal and calls `shutdown_event.set()`, which wakes no generator that waits for something else. So what it
+    # gets here is no event at all: its `set` has the queue end all watches.
+    settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
-                               shutdown_event=request.app.state.shutdown, shutdown_grace_period=2)
+                               shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
 
 SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail":"The server is stopping"}')
 
@@ -1011,7 +1010,7 @@ def event_id(text: str) -> int:
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
     404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
-async def stream_task(task_id: str, request: Request, queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_task(task_id: str, queue: Queue, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
 
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
@@ -1021,7 +1020,7 @@ async def stream_task(task_id: str, request: Request, queue: Queue, last_event_i
     status, sent = queue.get_task(task_id), event_id(last_event_id)
     if status.status.is_final and sent == status.version:
         return Response(status_code=204)
-    return event_stream(request, task_frames(queue, task_id, sent))
+    return event_stream(queue, task_frames(queue, task_id, sent))
 
 async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterator[bytes]:
     status = None
@@ -1031,12 +1030,12 @@ async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterato
         yield SHUTDOWN_FRAME
 
 @router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
-async def stream_events(request: Request, queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_events(queue: Queue, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
 
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
-    return event_stream(request, all_frames(queue, event_id(last_event_id)))
+    return event_stream(queue, all_frames(queue, event_id(last_event_id)))
 
 async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
     async for tasks in queue.watch_all(sent):
@@ -1100,11 +1099,8 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         warn_of_more_processes()
-        app.state.shutdown = anyio.Event()  # sse-starlette sets it when the server is told to stop
         async with TaskQueue(settings, handlers) as app.state.queue:
-            farewell = asyncio.create_task(say_farewell(app))
             yield
-            farewell.cancel()
 
     app = FastAPI(title="taskqueue", description="An async task queue, in memory.", lifespan=lifespan)
     app.state.metrics = Metrics()
@@ -1113,10 +1109,6 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.include_router(router)
     return app
-
-async def say_farewell(app: FastAPI) -> None:
-    await app.state.shutdown.wait()
-    app.state.queue.stop_watching()
 
 def warn_of_more_processes() -> None:
     """SIMPLIFIED: the queue lives in this process. With more of them, production has a broker outside."""
@@ -1148,11 +1140,11 @@ class Tour:
         self.failed += not holds
         print(f"   {'✓' if holds else '✗ NOT SO:'} {claim}", flush=True)
 
-    async def get(self, path: str) -> Any:
-        return (await self.client.get(path)).raise_for_status().json()
+    async def call(self, method: str, path: str, **body: Any) -> Any:
+        return (await self.client.request(method, path, json=body or None)).raise_for_status().json()
 
     async def submit(self, task_type: TaskType, **fields: Any) -> Any:
-        return (await self.client.post("/tasks", json={"task_type": task_type, **fields})).raise_for_status().json()
+        return await self.call("POST", "/tasks", task_type=task_type, **fields)
 
     async def follow(self, task: Any, show: bool = False) -> Any:
         """Read the task's stream to its end, drawing what comes if `show`; return the task as it is then."""
@@ -1164,7 +1156,7 @@ class Tour:
                     redraw = sys.stdout.isatty() and not Status(now["status"]).is_final
                     print(f"   {bar} {now['progress']:3} %, attempt {now['attempt']}, {now['status']:9}",
                           end="\r" if redraw else "\n", flush=True)
-        return await self.get(f"/tasks/{task['id']}")
+        return await self.call("GET", f"/tasks/{task['id']}")
 
     async def progress(self) -> None:
         """POST /tasks answers at once; GET /tasks/{id}/stream then follows the work, live."""
@@ -1177,7 +1169,7 @@ class Tour:
         """With more tasks than workers, the rest wait for a slot."""
         tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(2 * self.workers)]
         seen = []
-        while (counts := (await self.get("/health"))["tasks"])["pending"] + counts["running"]:
+        while (counts := (await self.call("GET", "/health"))["tasks"])["pending"] + counts["running"]:
             seen.append(counts["running"])
         self.check(max(seen) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
 
@@ -1199,18 +1191,17 @@ class Tour:
     async def cancelling(self) -> None:
         """DELETE cancels a task that waits; with ?force=true also one that runs."""
         waiting = await self.submit(TaskType.SEND_EMAIL, delay=60)
-        answer = await self.client.delete(f"/tasks/{waiting['id']}")
-        self.check(answer.status_code == 200, f"the waiting one: {answer.json()['detail']}")
+        await self.call("DELETE", f"/tasks/{waiting['id']}")
+        self.check((await self.follow(waiting))["status"] == "cancelled", "the waiting one is cancelled at once")
         running = await self.submit(TaskType.GENERATE_REPORT, priority=Priority.HIGH)
-        while (await self.get(f"/tasks/{running['id']}"))["status"] == "pending":
+        while (await self.call("GET", f"/tasks/{running['id']}"))["status"] == "pending":
             await asyncio.sleep(0.01)
-        answer = await self.client.delete(f"/tasks/{running['id']}?force=true")
-        running = await self.follow(running)
-        self.check(running["status"] == "cancelled", f"the running one: {answer.json()['detail']}; then it was")
+        await self.call("DELETE", f"/tasks/{running['id']}?force=true")
+        self.check((await self.follow(running))["status"] == "cancelled", "the running one, once its handler lets go")
 
     async def numbers(self) -> None:
         """GET /metrics has counted all of these requests."""
-        numbers = await self.get("/metrics")
+        numbers = await self.call("GET", "/metrics")
         self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
 
 class Server(uvicorn.Server):
