@@ -41,7 +41,7 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
     python -m pytest                  the proof
 """
 
-import argparse, asyncio, bisect, contextlib, copy, functools, hashlib, heapq, inspect, itertools, json, logging
+import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
 import os, random, re, secrets, socket, sys, threading, time, traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -58,7 +58,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
 from pydantic import ValidationError, ValidationInfo, field_validator
-from pydantic_core import to_json, to_jsonable_python
+from pydantic_core import from_json, to_json
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -136,17 +136,17 @@ class SendEmailPayload(Payload):
     body: str = ""
 
 PAYLOAD_MODELS: dict[TaskType, type[BaseModel]] = {}  # filled by @handler, two sections below
-JSON = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False))
 
-def check_json(value: Any) -> None:
-    """Raise a ValueError that says what is wrong, and where, unless `value` can be sent as JSON (RFC 8259).
+def plain_json(value: Any) -> Any:
+    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError if it can't."""
+    # GOTCHA [bad-result]: json.loads() takes NaN, "\ud800" and any depth, and a handler may return anything at all. One
+    # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
+    # refused where it comes in: in a payload with a 422, in a result by failing its own task.
+    return from_json(to_json(value, inf_nan_mode="constants"), allow_inf_nan=False)
 
-    GOTCHA [bad-result]: json.loads() takes NaN, "\\ud800" and any depth, and a handler may return anything at all. One
-    such value in one task, and every later GET /tasks is a 500. So it is refused where it comes in: in a payload with a
-    422, in a result by failing its own task."""
-    JSON.validate_python(value)  # other types, NaN, Infinity
-    json.dumps(value, ensure_ascii=False).encode()  # lone surrogates, integers of more than 4,300 digits
-    to_json([[[[value]]]])  # deeper than Pydantic can write; the brackets: it stands inside other things
+def parse_payload(task_type: TaskType, payload: dict[str, Any]) -> BaseModel:
+    """The payload as a model of its own. By way of JSON, where a strict date may be text, and nothing is shared."""
+    return PAYLOAD_MODELS.get(task_type, Payload).model_validate_json(to_json(payload))
 
 # An enum alone would also take True and 1.0, which are equal to 1.
 PlainPriority = Annotated[Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
@@ -156,7 +156,7 @@ class TaskSubmission(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
-    payload: dict[str, Any] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
+    payload: dict[str, JsonValue] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
     priority: PlainPriority = Field(Priority.MEDIUM, description="1 high, 5 medium, 10 low")
     max_retries: int = Field(0, ge=0, le=10, description="further attempts after a failed one")
     timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
@@ -164,11 +164,11 @@ class TaskSubmission(BaseModel):
 
     @field_validator("payload")
     @classmethod
-    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> Any:
         """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
-        check_json(payload)
-        if task_type := info.data.get("task_type"):
-            PAYLOAD_MODELS.get(task_type, Payload).model_validate(payload)
+        payload = plain_json(payload)
+        if "task_type" in info.data:
+            parse_payload(info.data["task_type"], payload)
         return payload
 
 class TaskStatus(BaseModel):
@@ -558,6 +558,7 @@ UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises Valu
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 HANDLERS: dict[TaskType, Handler] = {}
+is_async = functools.cache(inspect.iscoroutinefunction)
 # How the simulated handlers below learn of `pace` and `failure_rate`: a worker loop sets it for its queue.
 current_settings: ContextVar[Settings] = ContextVar("current_settings", default=Settings())
 
@@ -578,9 +579,9 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
         raise LookupError(f"no handler is registered for {task_type}")
-    if isinstance(payload, dict):  # the handler gets a copy: what it changes, the next attempt must not see
-        payload = PAYLOAD_MODELS.get(task_type, Payload).model_validate(copy.deepcopy(payload))
-    if inspect.iscoroutinefunction(function):
+    if isinstance(payload, dict):
+        payload = parse_payload(task_type, payload)
+    if is_async(function):
         return await function(payload, update_progress)
     return await run_in_thread(function, payload, update_progress)
 
@@ -767,9 +768,7 @@ class TaskQueue(TaskStore):
         try:
             update_progress = functools.partial(self._report, task, task.attempt)
             result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
-            result = to_jsonable_python(result)  # a copy of our own; models and dates become plain JSON
-            check_json(result)
-            return result, None
+            return plain_json(result), None
         # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
         # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
         # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
