@@ -135,7 +135,7 @@ class SendEmailPayload(Payload):
     subject: str = "Hello"
     body: str = ""
 
-PAYLOAD_MODELS: dict[TaskType, TypeAdapter[Any]] = {}  # filled by @handler, two sections below
+PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: TypeAdapter(Payload))  # @handler fills it
 
 def plain_json(value: Any) -> Any:
     """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError if it can't."""
@@ -585,7 +585,7 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
         return await function(payload, update_progress)
     return await run_in_thread(function, payload, update_progress)
 
-async def run_in_thread(function: Handler, payload: BaseModel, update_progress: UpdateProgress) -> Any:
+async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
 
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
