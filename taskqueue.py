@@ -296,9 +296,6 @@ class Shelf:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Task]:
-        return itertools.chain.from_iterable(block.values() for block in self._blocks.values())
-
     def add(self, task: Task) -> None:
         self._blocks.setdefault(task.sequence // self.BLOCK, {})[task.sequence] = task
         self._count += 1
@@ -310,7 +307,7 @@ class Shelf:
             del self._blocks[task.sequence // self.BLOCK]
         self._count -= 1
 
-    def page(self, limit: int, offset: int) -> list[Task]:
+    def page(self, limit: int = sys.maxsize, offset: int = 0) -> list[Task]:
         page: list[Task] = []
         for number in sorted(self._blocks, reverse=True):
             block = self._blocks[number]
@@ -435,9 +432,8 @@ class TaskStore:
 
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
-        resumes = self.first_version < last_event_id <= self.version
-        sent = last_event_id if resumes else 0
-        changes = self._changes_since(sent, at_most=None if resumes else self.SNAPSHOT)
+        sent = last_event_id if self.first_version < last_event_id <= self.version else 0
+        changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
         self.watchers += 1
         try:
             while True:
@@ -706,16 +702,16 @@ class TaskQueue(TaskStore):
         self._worker.cancel()
         await asyncio.wait([self._worker])
         await self._wait_for_running(self.settings.drain_seconds)
-        for task in self._shelves[Status.RUNNING]:
+        for task in self._shelves[Status.RUNNING].page():
             self._stop(task, "shutdown")
         await self._wait_for_running(self.STUBBORN_SECONDS)
-        for task in [*self._shelves[Status.RUNNING], *self._shelves[Status.PENDING]]:
+        for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
             self._move(task, Status.CANCELLED)
 
     async def _wait_for_running(self, seconds: float) -> None:
-        if runs := [task.run for task in self._shelves[Status.RUNNING] if task.run]:
+        if runs := [task.run for task in self._shelves[Status.RUNNING].page() if task.run]:
             await asyncio.wait(runs, timeout=seconds)
 
     @property
@@ -785,7 +781,7 @@ class TaskQueue(TaskStore):
         # thread may sleep on until something else happens in the loop.
         if threading.get_ident() != self._thread_id:
             self._loop.call_soon_threadsafe(self._report, task, attempt, percent)
-        elif task.run and task.attempt == attempt and int(percent) > task.progress:
+        elif task.status is Status.RUNNING and task.attempt == attempt and int(percent) > task.progress:
             task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
             self._changed(task)
 
@@ -948,13 +944,12 @@ class Problem(BaseModel):
     detail: str
 
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: the answers that routes have in common
+RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {"Retry-After": {
-        "description": "seconds", "schema": {"type": "integer"}}}},
-}
+    503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
 
 async def get_queue(request: Request) -> TaskQueue:
     return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
