@@ -42,18 +42,18 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
 """
 
 import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
-import os, random, re, secrets, socket, sys, threading, time, traceback
+import math, os, random, re, secrets, socket, sys, threading, time, traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
@@ -113,9 +113,7 @@ class Status(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
-    @property
-    def is_final(self) -> bool:
-        return self not in (Status.PENDING, Status.RUNNING)
+FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 class Payload(BaseModel):
     """What a handler is given. Strict: "800" is not 800. Keys that the model doesn't name are kept."""
@@ -172,7 +170,7 @@ class TaskSubmission(BaseModel):
         return payload
 
 class TaskStatus(BaseModel):
-    """A picture of a task at one moment, made at most once a change and shared by all who look.
+    """A picture of a task at one moment.
 
     WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
     is handed out must not change in the reader's hands."""
@@ -239,14 +237,13 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
 StopCause = Literal["timeout", "cancel", "shutdown"]
-Outcome = tuple[Any, str | None]  # of an attempt: its result, and its error or None
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
     """All that is known of one task. Private to the queue and its workers."""
     id: str
     sequence: int
-    created_at: datetime
+    created_at: float  # seconds since 1970, as all times in here; TaskStatus makes dates of them
     request_id: str | None
     idempotency_key: str | None
     task_type: TaskType
@@ -259,13 +256,14 @@ class Task:
     attempt: int = 0
     result: Any = None
     error: str | None = None
-    not_before: datetime | None = None
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
+    not_before: float | None = None
+    started_at: float | None = None
+    completed_at: float | None = None
     version: int = 0
-    view: TaskStatus | None = None  # the picture of this version, once somebody has asked for it
-    timer: asyncio.TimerHandle | None = None  # the one that it can have: delay, backoff or deadline
-    run: "asyncio.Task[Outcome] | None" = None  # the attempt that runs now
+    view: TaskStatus | None = None  # the picture of this version, once a watcher has asked for it
+    timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
+    deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
+    run: "asyncio.Task[None] | None" = None  # the attempt that runs now
     stop_cause: StopCause | None = None  # why that attempt was asked to stop
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
@@ -287,7 +285,7 @@ class Shelf:
 
     Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
     numbers, and only the blocks that a page shows are sorted."""
-    BLOCK = 512
+    BLOCK = 2048
 
     def __init__(self) -> None:
         self._blocks: dict[int, dict[int, Task]] = {}
@@ -348,7 +346,7 @@ class TaskStore:
         if idempotency_key and (earlier := self._keys.get(idempotency_key)):
             if earlier[1] != fingerprint:
                 raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
-            return self._view(earlier[0])
+            return TaskStatus.model_validate(earlier[0])
         if self.stopping:
             raise QueueStopped("The queue is stopping and takes no tasks")
         # GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the
@@ -356,7 +354,7 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
+        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, idempotency_key,
                     submission.task_type, submission.priority, submission.payload, submission.max_retries,
                     submission.timeout)
         self._all.add(task)
@@ -365,17 +363,17 @@ class TaskStore:
             self._keys[idempotency_key] = task, fingerprint
         self._schedule(task, submission.delay)
         self._changed(task)
-        return TaskStatus.model_validate(task)  # not kept in task.view: those who wait need no picture yet
+        return TaskStatus.model_validate(task)
 
     def get_task(self, task_id: str) -> TaskStatus:
         """The task as it is now. Raises TaskNotFound."""
-        return self._view(self._find(task_id))
+        return TaskStatus.model_validate(self._find(task_id))
 
     def list_tasks(self, status: Status | None = None, limit: int = 100,
                    offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
-        return [self._view(task) for task in shelf.page(limit, offset)], len(shelf)
+        return [TaskStatus.model_validate(task) for task in shelf.page(limit, offset)], len(shelf)
 
     def count(self, status: Status) -> int:
         return len(self._shelves[status])
@@ -397,7 +395,7 @@ class TaskStore:
             self._stop(task, "cancel")
         else:
             raise TaskNotCancellable(f"The task is {task.status}: it can't be cancelled")
-        return self._view(task)
+        return TaskStatus.model_validate(task)
 
     # -- watching
 
@@ -420,7 +418,7 @@ class TaskStore:
                 if task.version > sent:
                     sent = task.version
                     yield self._view(task)
-                elif task.status.is_final or self.stopping:
+                elif task.status in FINAL or self.stopping:
                     return
                 else:
                     await self._next_change(task)
@@ -475,6 +473,7 @@ class TaskStore:
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
 
     def _view(self, task: Task) -> TaskStatus:
+        """The picture that all watchers of a change share, and with it the frames that they send."""
         if task.view is None:
             task.view = TaskStatus.model_validate(task)
         return task.view
@@ -495,7 +494,7 @@ class TaskStore:
         # stood, and not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
-            task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
+            task.not_before = time.time() + delay
             # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a
             # few tasks that fail, and nothing else runs. A timer holds nothing.
             task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
@@ -514,15 +513,14 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        task.completed_at = datetime.now(UTC) if status.is_final else None
+        task.completed_at = time.time() if status in FINAL else None
         self._changed(task)
-        if not status.is_final:
-            return
-        # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
-        # hit one that still runs. In this line stand only the finished.
-        self._finished.append(task)
-        if len(self._finished) > self.settings.keep_finished:
-            self._evict(self._finished.popleft())
+        if status in FINAL:
+            # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
+            # can hit one that still runs. In this line stand only the finished.
+            self._finished.append(task)
+            if len(self._finished) > self.settings.keep_finished:
+                self._evict(self._finished.popleft())
 
     def _evict(self, task: Task) -> None:
         self.evicted += 1
@@ -541,7 +539,10 @@ class TaskStore:
         # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
         if task.run and task.stop_cause in (None, "timeout"):
             task.stop_cause = cause
-            task.run.cancel()
+            # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
+            # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
+            # call_soon() is first in, first out, and the first step was put in there before.
+            task.run.get_loop().call_soon(task.run.cancel)
 
 # ======================================================================================================================
 # Handlers                                                                                              course module 05
@@ -686,6 +687,7 @@ class TaskQueue(TaskStore):
         # import, they break in the second app, or the second test, of a process. So each queue makes its own.
         self._slots = asyncio.Semaphore(self.settings.max_workers)
         self._worker: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None  # rings at the next deadline
 
     async def __aenter__(self) -> Self:
         self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
@@ -709,6 +711,7 @@ class TaskQueue(TaskStore):
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
             self._move(task, Status.CANCELLED)
+        self._check_deadlines()  # none is left: this puts the alarm away
 
     async def _wait_for_running(self, seconds: float) -> None:
         if runs := [task.run for task in self._shelves[Status.RUNNING].page() if task.run]:
@@ -749,28 +752,41 @@ class TaskQueue(TaskStore):
     def _start(self, task: Task) -> None:
         task.attempt += 1
         task.progress = 0
-        task.started_at = datetime.now(UTC)
+        task.started_at = time.time()
         task.stop_cause = None
+        task.deadline = self._loop.time() + task.timeout
         self._move(task, Status.RUNNING)
-        task.run = asyncio.create_task(self._attempt(task))
-        # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of its
-        # code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever. A done
-        # callback is called in every case.
-        task.run.add_done_callback(functools.partial(self._settle, task))
-        task.timer = self._loop.call_later(task.timeout, self._stop, task, "timeout")
+        task.run = self._loop.create_task(self._attempt(task))
+        if self._alarm is None or task.deadline < self._alarm.when():
+            self._check_deadlines()
 
-    async def _attempt(self, task: Task) -> Outcome:
-        """Run the handler once, and return what came of it; raises nothing."""
+    def _check_deadlines(self) -> None:
+        """Stop the attempts that are past their deadline, and set the alarm for the next one.
+
+        WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
+        running, now = self._shelves[Status.RUNNING].page(), self._loop.time()
+        for task in running:
+            if task.deadline <= now:
+                task.deadline = math.inf
+                self._stop(task, "timeout")
+        if self._alarm:
+            self._alarm.cancel()
+        deadline = min((task.deadline for task in running), default=math.inf)
+        self._alarm = self._loop.call_at(deadline, self._check_deadlines) if deadline < math.inf else None
+
+    async def _attempt(self, task: Task) -> None:
+        """Run the handler once, and settle what came of it; raises nothing."""
+        result = error = None
         try:
             update_progress = functools.partial(self._report, task, task.attempt)
-            result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
-            return plain_json(result), None
+            result = plain_json(await process_task(task.task_type, task.payload, update_progress, self.handlers))
         # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
         # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
         # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
-        except BaseException as error:
+        except BaseException as exception:
             logger.debug("[%s] task %s, attempt %d", task.request_id, task.id, task.attempt, exc_info=True)
-            return None, describe(error)
+            error = describe(exception)
+        self._settle(task, result, error)
 
     def _report(self, task: Task, attempt: int, percent: float) -> None:
         """What a handler calls as `update_progress(percent)`, from whatever thread."""
@@ -785,13 +801,12 @@ class TaskQueue(TaskStore):
             task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
             self._changed(task)
 
-    def _settle(self, task: Task, run: "asyncio.Task[Outcome]") -> None:
+    def _settle(self, task: Task, result: Any, error: str | None) -> None:
         """The end of an attempt: give its slot back, then say what becomes of the task."""
         self._slots.release()
         task.run = None
         if task.status is not Status.RUNNING:
             return  # it was left behind by a shutdown
-        result, error = (None, "CancelledError") if run.cancelled() else run.result()
         if task.stop_cause == "timeout":
             error = f"TimeoutError: no result within {task.timeout:g} s"
         if task.stop_cause in ("cancel", "shutdown"):
@@ -951,39 +966,40 @@ ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when i
     413: {"model": Problem, "description": "The body is too large"},
     503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
 
-async def get_queue(request: Request) -> TaskQueue:
+def queue_of(request: Request) -> TaskQueue:
+    """WHY not Depends(): FastAPI would solve it for each request, at a tenth of what the whole request costs."""
     return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
 
-Queue = Annotated[TaskQueue, Depends(get_queue)]
 LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
 
 @router.post("/tasks", status_code=202, responses={400: {"model": Problem}, 413: ANSWERS[413], 503: ANSWERS[503]})
 async def submit_task(
-    submission: TaskSubmission, request: Request, response: Response, queue: Queue,
+    submission: TaskSubmission, request: Request, response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
     """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
-    status = queue.submit(submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    status = queue_of(request).submit(
+        submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
 
 @router.get("/tasks")
 async def list_tasks(
-    queue: Queue, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    request: Request, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> TaskList:
-    tasks, total = queue.list_tasks(status, limit, offset)
+    tasks, total = queue_of(request).list_tasks(status, limit, offset)
     return TaskList(tasks=tasks, total=total)
 
 @router.get("/tasks/{task_id}", responses={404: ANSWERS[404]})
-async def get_task(task_id: str, queue: Queue) -> TaskStatus:
-    return queue.get_task(task_id)
+async def get_task(task_id: str, request: Request) -> TaskStatus:
+    return queue_of(request).get_task(task_id)
 
 @router.delete("/tasks/{task_id}", responses={
     404: ANSWERS[404], 409: ANSWERS[409], 202: {"description": "A running task was asked to stop"}})
-async def cancel_task(task_id: str, response: Response, queue: Queue, force: bool = False) -> dict[str, str]:
+async def cancel_task(task_id: str, request: Request, response: Response, force: bool = False) -> dict[str, str]:
     """Cancel a waiting task; with `force=true`, also ask a running one to stop."""
-    if queue.cancel(task_id, force).status is Status.CANCELLED:
+    if queue_of(request).cancel(task_id, force).status is Status.CANCELLED:
         return {"detail": "Task cancelled", "task_id": task_id}
     response.status_code = 202
     return {"detail": "Cancellation requested", "task_id": task_id}
@@ -1005,15 +1021,16 @@ def event_id(text: str) -> int:
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
     404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
-async def stream_task(task_id: str, queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
 
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
     again and again. A 204 tells it to stop (HTML standard, 9.2.3)."""
-    status, sent = queue.get_task(task_id), event_id(last_event_id)
-    if status.status.is_final and sent == status.version:
+    queue, sent = queue_of(request), event_id(last_event_id)
+    status = queue.get_task(task_id)
+    if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
     return event_stream(queue, task_frames(queue, task_id, sent))
 
@@ -1021,15 +1038,16 @@ async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterato
     status = None
     async for status in queue.watch(task_id, sent):
         yield status.progress_frame
-    if status is None or not status.status.is_final:
+    if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
 
 @router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
-async def stream_events(queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
 
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
+    queue = queue_of(request)
     return event_stream(queue, all_frames(queue, event_id(last_event_id)))
 
 async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
@@ -1046,15 +1064,17 @@ def overview(queue: TaskQueue) -> dict[str, Any]:
             "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
 
 @router.get("/health", responses={503: {"description": "The worker loop is not running"}})
-async def health(queue: Queue, response: Response) -> dict[str, Any]:
+async def health(request: Request, response: Response) -> dict[str, Any]:
     """Whether the worker loop is alive. The `pid` tells processes apart: each has a queue of its own."""
+    queue = queue_of(request)
     response.status_code = 200 if queue.is_running else 503
     return {"status": "healthy" if queue.is_running else "unhealthy", "pid": os.getpid(), **overview(queue)}
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-async def metrics(request: Request, queue: Queue, accept: Annotated[str, Header()] = "") -> Response:
+async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
     """JSON; or the text format of Prometheus, where `Accept` asks for text/plain or application/openmetrics-text."""
     metrics: Metrics = request.app.state.metrics
+    queue = queue_of(request)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
         return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
     lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
@@ -1097,12 +1117,12 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
         async with TaskQueue(settings, handlers) as app.state.queue:
             yield
 
-    app = FastAPI(title="taskqueue", description="An async task queue, in memory.", lifespan=lifespan)
+    # WHY not include_router(): FastAPI would then match each request twice.
+    app = FastAPI(title="taskqueue", summary="An async task queue, in memory", lifespan=lifespan, routes=router.routes)
     app.state.metrics = Metrics()
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
     app.add_exception_handler(QueueError, answer_queue_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.include_router(router)
     return app
 
 def warn_of_more_processes() -> None:
@@ -1148,7 +1168,7 @@ class Tour:
                 if show and line.startswith("data: "):
                     now = json.loads(line.removeprefix("data: "))
                     bar = "█" * (now["progress"] // 5) + "░" * (20 - now["progress"] // 5)
-                    redraw = sys.stdout.isatty() and not Status(now["status"]).is_final
+                    redraw = sys.stdout.isatty() and now["status"] not in FINAL
                     print(f"   {bar} {now['progress']:3} %, attempt {now['attempt']}, {now['status']:9}",
                           end="\r" if redraw else "\n", flush=True)
         return await self.call("GET", f"/tasks/{task['id']}")
