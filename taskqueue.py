@@ -65,8 +65,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
 
-# ======================================================================================================================
-# Settings
+# ===== Settings =======================================================================================================
 # Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
 # nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
 # tests do. The demo's flags are made from this class: that is what the descriptions are for.
@@ -87,8 +86,7 @@ class Settings:
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
-# ======================================================================================================================
-# Models                                                                                                course module 02
+# ===== Models ================================================================================== course module 02 =====
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
 # door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
 # queue, a worker or a route.
@@ -171,7 +169,6 @@ class TaskSubmission(BaseModel):
 
 class TaskStatus(BaseModel):
     """A picture of a task at one moment.
-
     WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
     is handed out must not change in the reader's hands."""
 
@@ -208,7 +205,6 @@ class TaskStatus(BaseModel):
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
     """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
-
     No event may be named "error": under that name EventSource reports a lost connection."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
@@ -217,8 +213,7 @@ class TaskList(BaseModel):
     tasks: list[TaskStatus]
     total: int = Field(description="every match, not just this page")
 
-# ======================================================================================================================
-# Queue                                                                                                 course module 05
+# ===== Queue =================================================================================== course module 05 =====
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
 # `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
 # this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
@@ -282,7 +277,6 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
 
 class Shelf:
     """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
-
     Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
     numbers, and only the blocks that a page shows are sorted."""
     BLOCK = 2048
@@ -336,11 +330,9 @@ class TaskStore:
         self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
 
     # -- what callers use
-
     def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
                idempotency_key: str | None = None) -> TaskStatus:
         """Take in a task and return its first status, or the status of the task that this key has made before.
-
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
         fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
         if idempotency_key and (earlier := self._keys.get(idempotency_key)):
@@ -380,7 +372,6 @@ class TaskStore:
 
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
         """Cancel a waiting task at once; with `force`, ask a running one to stop.
-
         That one is `cancelled` once its handler has let go, and returned as `running` until then. Raises TaskNotFound,
         and TaskNotCancellable."""
         task = self._find(task_id)
@@ -398,10 +389,8 @@ class TaskStore:
         return TaskStatus.model_validate(task)
 
     # -- watching
-
     async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
         """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
-
         Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
         task = self._find(task_id)
         sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
@@ -427,7 +416,6 @@ class TaskStore:
 
     async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
-
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
@@ -466,7 +454,6 @@ class TaskStore:
             self._wake(of)
 
     # -- the owners of the facts
-
     def _find(self, task_id: str) -> Task:
         if task := self._tasks.get(task_id):
             return task
@@ -532,7 +519,6 @@ class TaskStore:
 
     def _stop(self, task: Task, cause: StopCause) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
-
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
@@ -544,8 +530,7 @@ class TaskStore:
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
 
-# ======================================================================================================================
-# Handlers                                                                                              course module 05
+# ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
 # in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
 # plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
@@ -571,7 +556,6 @@ def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
 async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
                        handlers: Mapping[TaskType, Handler] | None = None) -> Any:
     """Call the handler of `task_type` and return its result; a plain dict is validated first.
-
     Raises ValidationError for such a dict, LookupError if there is no handler, and what the handler raises."""
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
@@ -584,7 +568,6 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
-
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
     WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
@@ -656,15 +639,13 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
         update_progress(percent)
     return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
 
-# ======================================================================================================================
-# Workers                                                                                               course module 05
+# ===== Workers ================================================================================= course module 05 =====
 # Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
 # and whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The
 # section knows nothing of HTTP.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
     """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
-
     With base 0.5 and cap 30, at most 0.5, 1, 2, 4, 8, 16, 30, 30 … Random over the whole range, so that tasks that
     failed together don't come back together (Brooker, "Exponential Backoff And Jitter", AWS, 2015)."""
     return random.uniform(0, min(settings.backoff_cap, settings.backoff_base * 2 ** (attempt - 1)))
@@ -675,7 +656,6 @@ def describe(error: BaseException) -> str:
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
-
     Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
     what has not ended by then ends as `cancelled`."""
     STUBBORN_SECONDS = 0.3  # how long a stop waits for handlers that ignore their cancellation
@@ -762,7 +742,6 @@ class TaskQueue(TaskStore):
 
     def _check_deadlines(self) -> None:
         """Stop the attempts that are past their deadline, and set the alarm for the next one.
-
         WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
         running, now = self._shelves[Status.RUNNING].page(), self._loop.time()
         for task in running:
@@ -823,8 +802,7 @@ class TaskQueue(TaskStore):
         logger.info("[%s] task %s (%s) attempt %d: %s %a", task.request_id, task.id, task.task_type, task.attempt,
                     task.status, task.error)
 
-# ======================================================================================================================
-# Middleware                                                                                            course module 07
+# ===== Middleware ============================================================================== course module 07 =====
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
@@ -837,7 +815,6 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class Metrics:
     """Counts the requests to each route, and how long they took.
-
     GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
     templates are few. A method is a client's free text too."""
 
@@ -937,8 +914,7 @@ class RequestMiddleware:
         # %a again: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
-# ======================================================================================================================
-# Page
+# ===== Page ===========================================================================================================
 # GET / for now: a way to the interactive documentation.
 
 PAGE = """<!doctype html>
@@ -946,8 +922,7 @@ PAGE = """<!doctype html>
 <h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
 """
 
-# ======================================================================================================================
-# Routes                                                                                                course module 07
+# ===== Routes ================================================================================== course module 07 =====
 # The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
 # exceptions become status codes in one table, so a route is only about what goes well.
 
@@ -1023,7 +998,6 @@ def event_id(text: str) -> int:
     404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
 async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
-
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
@@ -1044,7 +1018,6 @@ async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterato
 @router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
 async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
-
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
     queue = queue_of(request)
@@ -1094,7 +1067,6 @@ async def answer_queue_error(_: Request, error: Exception) -> Response:
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
     """422 with the place and the reason of each error.
-
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
     the answer can't be encoded, and the client's mistake becomes our 500."""
     assert isinstance(error, RequestValidationError)
@@ -1102,8 +1074,7 @@ async def answer_invalid(_: Request, error: Exception) -> Response:
     body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
     return Response(body, 422, media_type="application/json")
 
-# ======================================================================================================================
-# App                                                                                                   course module 05
+# ===== App ===================================================================================== course module 05 =====
 # Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
 # what must be made inside the event loop, and must be stopped.
 
@@ -1133,22 +1104,22 @@ def warn_of_more_processes() -> None:
 
 app = create_app()
 
-# ======================================================================================================================
-# Demo
+# ===== Demo ===========================================================================================================
 # `python taskqueue.py` serves the app above, and then uses it as any client would: over HTTP, with httpx. Each step of
 # the tour says what it shows, and checks that it is so.
 
+@dataclass
 class Tour:
-    def __init__(self, client: httpx.AsyncClient, workers: int) -> None:
-        self.client, self.workers, self.failed = client, workers, 0
+    client: httpx.AsyncClient
+    workers: int
+    failed: int = 0
 
     async def run(self) -> bool:
         """Take all steps; return whether everything held that they claim."""
-        steps = (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers)
-        for number, step in enumerate(steps, start=1):
-            print(f"\n{number}. {step.__doc__}", flush=True)
+        for step in (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers):
+            print(f"\n{step.__doc__}", flush=True)
             await step()
-        print(f"\n{self.failed} claims did not hold" if self.failed else "\nEvery claim held.", flush=True)
+        print(f"\n{self.failed} claims did not hold." if self.failed else "\nEvery claim held.", flush=True)
         return not self.failed
 
     def check(self, holds: bool, claim: str) -> None:
@@ -1220,26 +1191,13 @@ class Tour:
         self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops whatever its clients do.
-
-    uvicorn itself waits until every response is sent, and to a client that has stopped reading that is for ever. Here,
-    what is left a second after the first signal is cut off, and a second signal ends the process at once."""
-
+    """A second Ctrl-C ends the process at once, whatever it is waiting for."""
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(1, self.cut_off)
-        await super().shutdown(sockets)
-        timer.cancel()
-
-    def cut_off(self) -> None:
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
-async def demo(server: Server, url: str, settings: Settings, tour: bool, once: bool) -> bool:
+async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -> bool:
     """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether its claims held."""
     serving = asyncio.create_task(server.serve())
     while not server.started and not serving.done():
@@ -1248,16 +1206,24 @@ async def demo(server: Server, url: str, settings: Settings, tour: bool, once: b
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.setLevel(logging.ERROR if tour else logging.INFO)  # the log would drown the tour
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        touring = asyncio.create_task(Tour(client, settings.max_workers).run() if tour else asyncio.sleep(0, True))
-        await asyncio.wait([serving, touring], return_when=asyncio.FIRST_COMPLETED)
-        touring.cancel()  # does nothing if it has ended
+        touring = asyncio.create_task(Tour(client, workers).run() if tour else asyncio.sleep(0, True))
+        while not touring.done() and not server.should_exit:
+            await asyncio.sleep(0.02)
+        interrupted = touring.cancel() or server.should_exit  # cancel() says whether there was anything to cancel
         await asyncio.wait([touring])
     logger.setLevel(logging.INFO)
-    server.should_exit = server.should_exit or once
-    if not server.should_exit:
+    if not once and not interrupted:
         print("\nServing on; Ctrl-C stops it.", flush=True)
+    while not server.should_exit:
+        server.should_exit = once
+        await asyncio.sleep(0.02)
+    # uvicorn waits until every response is sent; to a client that has stopped reading, that is for ever.
+    def cut_off() -> None:
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+    asyncio.get_running_loop().call_later(1, cut_off)
     await serving
-    return not touring.cancelled() and touring.result()
+    return not interrupted and touring.result()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
@@ -1280,7 +1246,7 @@ def main() -> None:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
-        held = asyncio.run(demo(server, f"http://{host}:{port}", settings, not args.no_tour, args.once))
+        held = asyncio.run(demo(server, f"http://{host}:{port}", settings.max_workers, not args.no_tour, args.once))
         sys.exit(0 if held else 1)
 
 if __name__ == "__main__":
