@@ -5,7 +5,7 @@
 # ///
 """An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
 
-The life of one task, from the request that submits it to the last frame of its stream:
+The life of one task, from its request to the last frame of its stream:
 
     POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
                     refuses bad input     │         best first         delay and    │
@@ -33,8 +33,8 @@ Read it top to bottom; no section needs to know those below it:
 
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
 
-Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this
-very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` says what production would do instead.
+`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
+test of that name. `SIMPLIFIED` says what production would do instead.
 
     python taskqueue.py               the live demo: a server and a guided tour
     uvicorn taskqueue:app --reload    the service alone
@@ -66,9 +66,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("taskqueue")
 
 # ===== Settings =======================================================================================================
-# Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
-# nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
-# tests do. The demo's flags are made from this class: that is what the descriptions are for.
+# Every knob in one place, with its unit, range and default. The object is frozen, and nothing below reads a global: two
+# apps with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Settings:
@@ -88,8 +87,7 @@ class Settings:
 
 # ===== Models ================================================================================== course module 02 =====
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
-# door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
-# queue, a worker or a route.
+# door, with the place and the reason, and no later section has to doubt what it gets. Nothing here knows of a queue.
 
 class TaskType(StrEnum):
     """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
@@ -330,12 +328,13 @@ class TaskStore:
         self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
 
     # -- what callers use
-    def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
+    def submit(self, submission: TaskSubmission, request_id: str | None = None,
                idempotency_key: str | None = None) -> TaskStatus:
-        """Take in a task and return its first status, or the status of the task that this key has made before.
+        """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
-        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
-        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
+        key = idempotency_key
+        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if key else b""
+        if key and (earlier := self._keys.get(key)):
             if earlier[1] != fingerprint:
                 raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
             return TaskStatus.model_validate(earlier[0])
@@ -346,13 +345,12 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, idempotency_key,
-                    submission.task_type, submission.priority, submission.payload, submission.max_retries,
-                    submission.timeout)
+        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, key, submission.task_type,
+                    submission.priority, submission.payload, submission.max_retries, submission.timeout)
         self._all.add(task)
         self._shelves[Status.PENDING].add(task)
-        if idempotency_key:
-            self._keys[idempotency_key] = task, fingerprint
+        if key:
+            self._keys[key] = task, fingerprint
         self._schedule(task, submission.delay)
         self._changed(task)
         return TaskStatus.model_validate(task)
@@ -361,8 +359,8 @@ class TaskStore:
         """The task as it is now. Raises TaskNotFound."""
         return TaskStatus.model_validate(self._find(task_id))
 
-    def list_tasks(self, status: Status | None = None, limit: int = 100,
-                   offset: int = 0) -> tuple[list[TaskStatus], int]:
+    def list_tasks(
+            self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
         return [TaskStatus.model_validate(task) for task in shelf.page(limit, offset)], len(shelf)
@@ -371,9 +369,8 @@ class TaskStore:
         return len(self._shelves[status])
 
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
-        """Cancel a waiting task at once; with `force`, ask a running one to stop.
-        That one is `cancelled` once its handler has let go, and returned as `running` until then. Raises TaskNotFound,
-        and TaskNotCancellable."""
+        """Cancel a waiting task at once; with `force`, ask a running one to stop. It is `running` until its handler has
+        let go, and so it is returned here. Raises TaskNotFound, and TaskNotCancellable."""
         task = self._find(task_id)
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
@@ -477,8 +474,7 @@ class TaskStore:
 
     def _schedule(self, task: Task, delay: float) -> None:
         """Put the task into the ready heap, now or `delay` seconds later."""
-        # GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
-        # stood, and not behind all that came since.
+        # GOTCHA [retry-keeps-priority]: a retry must come back to where it stood, not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
             task.not_before = time.time() + delay
@@ -570,8 +566,7 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
-    WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
-    never returns would make Ctrl-C hang for ever."""
+    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -641,8 +636,7 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
 
 # ===== Workers ================================================================================= course module 05 =====
 # Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
-# and whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The
-# section knows nothing of HTTP.
+# and whatever its end, `_settle` deals with it: there the slot is given back that `worker_loop` took. No HTTP here.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
     """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
@@ -712,9 +706,8 @@ class TaskQueue(TaskStore):
         """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
-            # GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one in hand
-            # already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters,
-            # none is left.
+            # GOTCHA [slot-before-get]: take the task first, then wait for a slot, and one is always in hand: a LOW that
+            # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
             await self._slots.acquire()
             try:
                 task = await self._next_ready()
@@ -953,8 +946,7 @@ async def submit_task(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
     """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
-    status = queue_of(request).submit(
-        submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    status = queue_of(request).submit(submission, request.state.request_id, idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
 
