@@ -375,7 +375,7 @@ class TaskStore:
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
-            # until it is popped, where `_next_ready` skips it. But while the workers are busy nothing is popped: submit
+            # until it is popped, where `worker_loop` skips it. But while the workers are busy nothing is popped: submit
             # and cancel all day, and memory is full. So the dead are swept out once they are a tenth of the heap.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
@@ -710,17 +710,14 @@ class TaskQueue(TaskStore):
             # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
             await self._slots.acquire()
             try:
-                task = await self._next_ready()
+                _, _, task = await self._ready.get()
             except BaseException:
                 self._slots.release()
                 raise
-            self._start(task)
-
-    async def _next_ready(self) -> Task:
-        while True:
-            _, _, task = await self._ready.get()
             if task.status is Status.PENDING:
-                return task
+                self._start(task)
+            else:
+                self._slots.release()  # it was cancelled while it waited
 
     def _start(self, task: Task) -> None:
         task.attempt += 1
