@@ -42,7 +42,7 @@ test of that name. `SIMPLIFIED` says what production would do instead.
 """
 
 import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time, traceback
+import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
@@ -386,11 +386,13 @@ class TaskStore:
         return TaskStatus.model_validate(task)
 
     # -- watching
-    async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
-        """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
-        Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
-        task = self._find(task_id)
-        sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
+    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
+        """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
+        final one, or until the queue stops. Raises TaskNotFound, and at once."""
+        return self._watch(self._find(task_id), last_event_id)
+
+    async def _watch(self, task: Task, sent: int) -> AsyncIterator[TaskStatus]:
+        sent = sent if sent <= task.version else 0  # junk, if the task never had that version
         # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
         # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
         self.watchers += 1
@@ -519,12 +521,13 @@ class TaskStore:
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
         # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause in (None, "timeout"):
-            task.stop_cause = cause
+        if task.run and task.stop_cause is None:
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
+        if task.stop_cause in (None, "timeout"):
+            task.stop_cause = cause
 
 # ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
@@ -590,6 +593,8 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
         except asyncio.CancelledError:
+            if stopped.is_set():
+                raise  # a second time: the event loop itself is closing, and leaves the thread behind
             stopped.set()
     result, error = ended.result()
     if error is not None:
@@ -646,7 +651,11 @@ def backoff_delay(attempt: int, settings: Settings) -> float:
 
 def describe(error: BaseException) -> str:
     """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
-    return "".join(traceback.format_exception_only(error)).strip()[:1000].encode(errors="replace").decode()
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except BaseException:  # its own __str__ can raise anything too
+        text = type(error).__name__
+    return text[:1000].encode(errors="replace").decode()
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
@@ -995,11 +1004,11 @@ async def stream_task(task_id: str, request: Request, last_event_id: LastEventId
     status = queue.get_task(task_id)
     if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
-    return event_stream(queue, task_frames(queue, task_id, sent))
+    return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
-async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterator[bytes]:
+async def task_frames(states: AsyncIterator[TaskStatus]) -> AsyncIterator[bytes]:
     status = None
-    async for status in queue.watch(task_id, sent):
+    async for status in states:
         yield status.progress_frame
     if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
@@ -1039,9 +1048,9 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
     queue = queue_of(request)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
         return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
-    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
+    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge",
              *(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}' for status in Status),
-             f"taskqueue_submitted_total {queue.submitted}"]
+             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
