@@ -932,7 +932,7 @@ HTTP_STATUS: dict[type[QueueError], int] = {
 class Problem(BaseModel):
     detail: str
 
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
 ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
     404: {"model": Problem, "description": "No task has this id"},
