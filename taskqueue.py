@@ -967,7 +967,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
     # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
     # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
-    # the signal and sets `shutdown_event`, but that wakes no generator; so this one's `set` has the queue end all watches.
+    # the signal and sets `shutdown_event`, but that wakes no generator; so here `set` has the queue end all watches.
     settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
                                shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
