@@ -47,7 +47,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
@@ -222,7 +222,8 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.PENDING: {Status.RUNNING, Status.CANCELLED},
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
-StopCause = Literal["timeout", "cancel", "shutdown"]
+STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
+LEFT_BEHIND = "left behind"
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
@@ -250,7 +251,7 @@ class Task:
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
     run: "asyncio.Task[None] | None" = None  # the attempt that runs now
-    stop_cause: StopCause | None = None  # why that attempt was asked to stop
+    stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
 # never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
@@ -507,19 +508,18 @@ class TaskStore:
         if task.idempotency_key:
             del self._keys[task.idempotency_key]
 
-    def _stop(self, task: Task, cause: StopCause) -> None:
+    def _stop(self, task: Task, cause: str) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause is None:
+        # exception: the cause is written down before the cancel, and a lesser one can't replace it.
+        if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
+            task.stop_cause = cause
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
-        if task.stop_cause in (None, "timeout"):
-            task.stop_cause = cause
 
 # ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
@@ -583,9 +583,9 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     while not ended.done():
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
-        except asyncio.CancelledError:
-            if stopped.is_set():
-                raise  # a second time: the event loop itself is closing, and leaves the thread behind
+        except asyncio.CancelledError as cancellation:
+            if cancellation.args == (LEFT_BEHIND,):
+                raise
             stopped.set()
     result, error = ended.result()
     if error is not None or stopped.is_set():
@@ -682,6 +682,7 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+                task.run.cancel(LEFT_BEHIND)
             self._move(task, Status.CANCELLED)
         self._check_deadlines()  # none is left: this puts the alarm away
 
