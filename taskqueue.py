@@ -900,7 +900,9 @@ class RequestMiddleware:
         # %a again: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
-# Page
+# ===== Page ===========================================================================================================
+# GET / shows the queue at work: one page, no framework, nothing from another host. It uses the API as any client would;
+# all that it shows of tasks comes through one EventSource, and as `textContent` alone: no data can become HTML.
 
 PAGE = """<!doctype html><html lang=en><title>taskqueue</title><meta name=viewport content=width=device-width><style>
 :root { color-scheme: light dark; --ink: light-dark(#17212d, #e8edf3); --card: light-dark(#fff, #1b222c);
@@ -993,6 +995,7 @@ connect(); setInterval(draw, 1000);
 </script>""".replace("TYPES", "".join(f"<option value='\"{kind}\"'>{kind}" for kind in TaskType)).replace(
     "TILES", "".join(f"<p class={status}>{status.title()}<strong>0</strong></p>" for status in Status))
 
+# The policy names the one style and the one script by their hashes: nothing else runs here, however it got in.
 PAGE_HEADERS = {"Content-Security-Policy": "style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src "
     "data:; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; trusted-types 'none'; "
     "require-trusted-types-for 'script'".format(*(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
