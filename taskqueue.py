@@ -219,7 +219,6 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
 STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
-LEFT_BEHIND = "left behind"
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
@@ -574,9 +573,7 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     while not ended.done():
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
-        except asyncio.CancelledError as cancellation:
-            if cancellation.args == (LEFT_BEHIND,):
-                raise
+        except asyncio.CancelledError:
             stopped.set()
     result, error = ended.result()
     if error is not None or stopped.is_set():
@@ -671,7 +668,7 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
-                task.run.cancel(LEFT_BEHIND)
+                asyncio._unregister_task(task.run)  # or asyncio.run() would wait for it, for ever
             self._move(task, Status.CANCELLED)
         self._check_deadlines()  # none is left: this puts the alarm away
 
@@ -1098,7 +1095,7 @@ def overview(queue: TaskQueue) -> dict[str, Any]:
     return {"life": queue.first_version, "workers": queue.settings.max_workers, "watchers": queue.watchers,
             "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
 
-@router.get("/health", responses={503: {"description": "The worker loop is not running"}})
+@router.get("/health", responses={503: {"model": dict[str, Any], "description": "The worker loop does not run"}})
 async def health(request: Request, response: Response) -> dict[str, Any]:
     """Whether the worker loop is alive. The `pid` tells processes apart: each has a queue of its own."""
     queue = queue_of(request)
