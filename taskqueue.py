@@ -41,7 +41,7 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
     python -m pytest                  the proof
 """
 
-import argparse, asyncio, bisect, contextlib, copy, functools, hashlib, heapq, inspect, itertools, json, logging
+import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
 import os, random, re, secrets, socket, sys, threading, time, traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -58,7 +58,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
 from pydantic import ValidationError, ValidationInfo, field_validator
-from pydantic_core import to_json, to_jsonable_python
+from pydantic_core import from_json, to_json
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -135,18 +135,18 @@ class SendEmailPayload(Payload):
     subject: str = "Hello"
     body: str = ""
 
-PAYLOAD_MODELS: dict[TaskType, type[BaseModel]] = {}  # filled by @handler, two sections below
-JSON = TypeAdapter(JsonValue, config=ConfigDict(allow_inf_nan=False))
+PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: TypeAdapter(Payload))  # @handler fills it
 
-def check_json(value: Any) -> None:
-    """Raise a ValueError that says what is wrong, and where, unless `value` can be sent as JSON (RFC 8259).
+def plain_json(value: Any) -> Any:
+    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError if it can't."""
+    # GOTCHA [bad-result]: json.loads() takes NaN, "\ud800" and any depth, and a handler may return anything at all. One
+    # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
+    # refused where it comes in: in a payload with a 422, in a result by failing its own task.
+    return from_json(to_json(value, inf_nan_mode="constants"), allow_inf_nan=False)
 
-    GOTCHA [bad-result]: json.loads() takes NaN, "\\ud800" and any depth, and a handler may return anything at all. One
-    such value in one task, and every later GET /tasks is a 500. So it is refused where it comes in: in a payload with a
-    422, in a result by failing its own task."""
-    JSON.validate_python(value)  # other types, NaN, Infinity
-    json.dumps(value, ensure_ascii=False).encode()  # lone surrogates, integers of more than 4,300 digits
-    to_json([[[[value]]]])  # deeper than Pydantic can write; the brackets: it stands inside other things
+def parse_payload(task_type: TaskType, payload: dict[str, Any]) -> Any:
+    """The payload as its task type's model. By way of JSON: nothing is shared, and a strict date may be text."""
+    return PAYLOAD_MODELS[task_type].validate_json(to_json(payload))
 
 # An enum alone would also take True and 1.0, which are equal to 1.
 PlainPriority = Annotated[Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
@@ -156,7 +156,7 @@ class TaskSubmission(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
-    payload: dict[str, Any] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
+    payload: dict[str, JsonValue] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
     priority: PlainPriority = Field(Priority.MEDIUM, description="1 high, 5 medium, 10 low")
     max_retries: int = Field(0, ge=0, le=10, description="further attempts after a failed one")
     timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
@@ -164,11 +164,11 @@ class TaskSubmission(BaseModel):
 
     @field_validator("payload")
     @classmethod
-    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> Any:
         """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
-        check_json(payload)
-        if task_type := info.data.get("task_type"):
-            PAYLOAD_MODELS.get(task_type, Payload).model_validate(payload)
+        payload = plain_json(payload)
+        if "task_type" in info.data:
+            parse_payload(info.data["task_type"], payload)
         return payload
 
 class TaskStatus(BaseModel):
@@ -296,9 +296,6 @@ class Shelf:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Task]:
-        return itertools.chain.from_iterable(block.values() for block in self._blocks.values())
-
     def add(self, task: Task) -> None:
         self._blocks.setdefault(task.sequence // self.BLOCK, {})[task.sequence] = task
         self._count += 1
@@ -310,7 +307,7 @@ class Shelf:
             del self._blocks[task.sequence // self.BLOCK]
         self._count -= 1
 
-    def page(self, limit: int, offset: int) -> list[Task]:
+    def page(self, limit: int = sys.maxsize, offset: int = 0) -> list[Task]:
         page: list[Task] = []
         for number in sorted(self._blocks, reverse=True):
             block = self._blocks[number]
@@ -435,9 +432,8 @@ class TaskStore:
 
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
-        resumes = self.first_version < last_event_id <= self.version
-        sent = last_event_id if resumes else 0
-        changes = self._changes_since(sent, at_most=None if resumes else self.SNAPSHOT)
+        sent = last_event_id if self.first_version < last_event_id <= self.version else 0
+        changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
         self.watchers += 1
         try:
             while True:
@@ -558,6 +554,7 @@ UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises Valu
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 HANDLERS: dict[TaskType, Handler] = {}
+is_async = functools.cache(inspect.iscoroutinefunction)
 # How the simulated handlers below learn of `pace` and `failure_rate`: a worker loop sets it for its queue.
 current_settings: ContextVar[Settings] = ContextVar("current_settings", default=Settings())
 
@@ -566,7 +563,7 @@ def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
     def register(function: AnyHandler) -> AnyHandler:
         HANDLERS[task_type] = function
         first_parameter = next(iter(inspect.signature(function).parameters))
-        PAYLOAD_MODELS[task_type] = get_type_hints(function).get(first_parameter, Payload)
+        PAYLOAD_MODELS[task_type] = TypeAdapter(get_type_hints(function).get(first_parameter, Payload))
         return function
     return register
 
@@ -578,13 +575,13 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
         raise LookupError(f"no handler is registered for {task_type}")
-    if isinstance(payload, dict):  # the handler gets a copy: what it changes, the next attempt must not see
-        payload = PAYLOAD_MODELS.get(task_type, Payload).model_validate(copy.deepcopy(payload))
-    if inspect.iscoroutinefunction(function):
+    if isinstance(payload, dict):
+        payload = parse_payload(task_type, payload)
+    if is_async(function):
         return await function(payload, update_progress)
     return await run_in_thread(function, payload, update_progress)
 
-async def run_in_thread(function: Handler, payload: BaseModel, update_progress: UpdateProgress) -> Any:
+async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
 
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
@@ -705,16 +702,16 @@ class TaskQueue(TaskStore):
         self._worker.cancel()
         await asyncio.wait([self._worker])
         await self._wait_for_running(self.settings.drain_seconds)
-        for task in self._shelves[Status.RUNNING]:
+        for task in self._shelves[Status.RUNNING].page():
             self._stop(task, "shutdown")
         await self._wait_for_running(self.STUBBORN_SECONDS)
-        for task in [*self._shelves[Status.RUNNING], *self._shelves[Status.PENDING]]:
+        for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
             self._move(task, Status.CANCELLED)
 
     async def _wait_for_running(self, seconds: float) -> None:
-        if runs := [task.run for task in self._shelves[Status.RUNNING] if task.run]:
+        if runs := [task.run for task in self._shelves[Status.RUNNING].page() if task.run]:
             await asyncio.wait(runs, timeout=seconds)
 
     @property
@@ -767,9 +764,7 @@ class TaskQueue(TaskStore):
         try:
             update_progress = functools.partial(self._report, task, task.attempt)
             result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
-            result = to_jsonable_python(result)  # a copy of our own; models and dates become plain JSON
-            check_json(result)
-            return result, None
+            return plain_json(result), None
         # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
         # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
         # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
@@ -786,7 +781,7 @@ class TaskQueue(TaskStore):
         # thread may sleep on until something else happens in the loop.
         if threading.get_ident() != self._thread_id:
             self._loop.call_soon_threadsafe(self._report, task, attempt, percent)
-        elif task.run and task.attempt == attempt and int(percent) > task.progress:
+        elif task.status is Status.RUNNING and task.attempt == attempt and int(percent) > task.progress:
             task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
             self._changed(task)
 
@@ -809,8 +804,9 @@ class TaskQueue(TaskStore):
         else:
             self._move(task, Status.PENDING, error=error)
             self._schedule(task, backoff_delay(task.attempt, self.settings))
-        logger.info("[%s] task %s (%s) attempt %d: %s", task.request_id, task.id, task.task_type, task.attempt,
-                    task.error or task.status)
+        # %a escapes all but printable ASCII: an error may quote a payload, and must not begin a log line of its own.
+        logger.info("[%s] task %s (%s) attempt %d: %s %a", task.request_id, task.id, task.task_type, task.attempt,
+                    task.status, task.error)
 
 # ======================================================================================================================
 # Middleware                                                                                            course module 07
@@ -923,7 +919,7 @@ class RequestMiddleware:
         method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
         route = getattr(scope.get("route"), "path", "(other)")  # the router has set it by now
         self.metrics.record((method, route), status, seconds)
-        # %a escapes all but printable ASCII: a path with %0A in it can't begin a log line of its own.
+        # %a again: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
 # ======================================================================================================================
@@ -948,13 +944,12 @@ class Problem(BaseModel):
     detail: str
 
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: the answers that routes have in common
+RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {"Retry-After": {
-        "description": "seconds", "schema": {"type": "integer"}}}},
-}
+    503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
 
 async def get_queue(request: Request) -> TaskQueue:
     return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
