@@ -5,7 +5,7 @@
 # ///
 """An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
 
-The life of one task, from the request that submits it to the last frame of its stream:
+The life of one task, from its request to the last frame of its stream:
 
     POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
                     refuses bad input     │         best first         delay and    │
@@ -33,8 +33,8 @@ Read it top to bottom; no section needs to know those below it:
 
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
 
-Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this
-very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` says what production would do instead.
+`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
+test of that name. `SIMPLIFIED` says what production would do instead.
 
     python taskqueue.py               the live demo: a server and a guided tour
     uvicorn taskqueue:app --reload    the service alone
@@ -42,18 +42,18 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
 """
 
 import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
-import os, random, re, secrets, socket, sys, threading, time, traceback
+import math, os, random, re, secrets, socket, sys, threading, time, traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
@@ -65,11 +65,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
 
-# ======================================================================================================================
-# Settings
-# Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
-# nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
-# tests do. The demo's flags are made from this class: that is what the descriptions are for.
+# ===== Settings =======================================================================================================
+# Every knob in one place, with its unit, range and default. The object is frozen, and nothing below reads a global: two
+# apps with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Settings:
@@ -87,11 +85,9 @@ class Settings:
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
-# ======================================================================================================================
-# Models                                                                                                course module 02
+# ===== Models ================================================================================== course module 02 =====
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
-# door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
-# queue, a worker or a route.
+# door, with the place and the reason, and no later section has to doubt what it gets. Nothing here knows of a queue.
 
 class TaskType(StrEnum):
     """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
@@ -113,9 +109,7 @@ class Status(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
-    @property
-    def is_final(self) -> bool:
-        return self not in (Status.PENDING, Status.RUNNING)
+FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 class Payload(BaseModel):
     """What a handler is given. Strict: "800" is not 800. Keys that the model doesn't name are kept."""
@@ -172,8 +166,7 @@ class TaskSubmission(BaseModel):
         return payload
 
 class TaskStatus(BaseModel):
-    """A picture of a task at one moment, made at most once a change and shared by all who look.
-
+    """A picture of a task at one moment.
     WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
     is handed out must not change in the reader's hands."""
 
@@ -210,7 +203,6 @@ class TaskStatus(BaseModel):
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
     """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
-
     No event may be named "error": under that name EventSource reports a lost connection."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
@@ -219,8 +211,7 @@ class TaskList(BaseModel):
     tasks: list[TaskStatus]
     total: int = Field(description="every match, not just this page")
 
-# ======================================================================================================================
-# Queue                                                                                                 course module 05
+# ===== Queue =================================================================================== course module 05 =====
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
 # `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
 # this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
@@ -239,14 +230,13 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
 StopCause = Literal["timeout", "cancel", "shutdown"]
-Outcome = tuple[Any, str | None]  # of an attempt: its result, and its error or None
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
     """All that is known of one task. Private to the queue and its workers."""
     id: str
     sequence: int
-    created_at: datetime
+    created_at: float  # seconds since 1970, as all times in here; TaskStatus makes dates of them
     request_id: str | None
     idempotency_key: str | None
     task_type: TaskType
@@ -259,13 +249,14 @@ class Task:
     attempt: int = 0
     result: Any = None
     error: str | None = None
-    not_before: datetime | None = None
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
+    not_before: float | None = None
+    started_at: float | None = None
+    completed_at: float | None = None
     version: int = 0
-    view: TaskStatus | None = None  # the picture of this version, once somebody has asked for it
-    timer: asyncio.TimerHandle | None = None  # the one that it can have: delay, backoff or deadline
-    run: "asyncio.Task[Outcome] | None" = None  # the attempt that runs now
+    view: TaskStatus | None = None  # the picture of this version, once a watcher has asked for it
+    timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
+    deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
+    run: "asyncio.Task[None] | None" = None  # the attempt that runs now
     stop_cause: StopCause | None = None  # why that attempt was asked to stop
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
@@ -284,10 +275,9 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
 
 class Shelf:
     """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
-
     Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
     numbers, and only the blocks that a page shows are sorted."""
-    BLOCK = 512
+    BLOCK = 2048
 
     def __init__(self) -> None:
         self._blocks: dict[int, dict[int, Task]] = {}
@@ -338,17 +328,16 @@ class TaskStore:
         self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
 
     # -- what callers use
-
-    def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
+    def submit(self, submission: TaskSubmission, request_id: str | None = None,
                idempotency_key: str | None = None) -> TaskStatus:
-        """Take in a task and return its first status, or the status of the task that this key has made before.
-
+        """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
-        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
-        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
+        key = idempotency_key
+        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if key else b""
+        if key and (earlier := self._keys.get(key)):
             if earlier[1] != fingerprint:
                 raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
-            return self._view(earlier[0])
+            return TaskStatus.model_validate(earlier[0])
         if self.stopping:
             raise QueueStopped("The queue is stopping and takes no tasks")
         # GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the
@@ -356,35 +345,32 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
-                    submission.task_type, submission.priority, submission.payload, submission.max_retries,
-                    submission.timeout)
+        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, key, submission.task_type,
+                    submission.priority, submission.payload, submission.max_retries, submission.timeout)
         self._all.add(task)
         self._shelves[Status.PENDING].add(task)
-        if idempotency_key:
-            self._keys[idempotency_key] = task, fingerprint
+        if key:
+            self._keys[key] = task, fingerprint
         self._schedule(task, submission.delay)
         self._changed(task)
-        return TaskStatus.model_validate(task)  # not kept in task.view: those who wait need no picture yet
+        return TaskStatus.model_validate(task)
 
     def get_task(self, task_id: str) -> TaskStatus:
         """The task as it is now. Raises TaskNotFound."""
-        return self._view(self._find(task_id))
+        return TaskStatus.model_validate(self._find(task_id))
 
-    def list_tasks(self, status: Status | None = None, limit: int = 100,
-                   offset: int = 0) -> tuple[list[TaskStatus], int]:
+    def list_tasks(
+            self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
-        return [self._view(task) for task in shelf.page(limit, offset)], len(shelf)
+        return [TaskStatus.model_validate(task) for task in shelf.page(limit, offset)], len(shelf)
 
     def count(self, status: Status) -> int:
         return len(self._shelves[status])
 
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
-        """Cancel a waiting task at once; with `force`, ask a running one to stop.
-
-        That one is `cancelled` once its handler has let go, and returned as `running` until then. Raises TaskNotFound,
-        and TaskNotCancellable."""
+        """Cancel a waiting task at once; with `force`, ask a running one to stop. It is `running` until its handler has
+        let go, and so it is returned here. Raises TaskNotFound, and TaskNotCancellable."""
         task = self._find(task_id)
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
@@ -397,13 +383,11 @@ class TaskStore:
             self._stop(task, "cancel")
         else:
             raise TaskNotCancellable(f"The task is {task.status}: it can't be cancelled")
-        return self._view(task)
+        return TaskStatus.model_validate(task)
 
     # -- watching
-
     async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
         """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
-
         Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
         task = self._find(task_id)
         sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
@@ -420,7 +404,7 @@ class TaskStore:
                 if task.version > sent:
                     sent = task.version
                     yield self._view(task)
-                elif task.status.is_final or self.stopping:
+                elif task.status in FINAL or self.stopping:
                     return
                 else:
                     await self._next_change(task)
@@ -429,7 +413,6 @@ class TaskStore:
 
     async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
-
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
@@ -468,13 +451,13 @@ class TaskStore:
             self._wake(of)
 
     # -- the owners of the facts
-
     def _find(self, task_id: str) -> Task:
         if task := self._tasks.get(task_id):
             return task
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
 
     def _view(self, task: Task) -> TaskStatus:
+        """The picture that all watchers of a change share, and with it the frames that they send."""
         if task.view is None:
             task.view = TaskStatus.model_validate(task)
         return task.view
@@ -491,11 +474,10 @@ class TaskStore:
 
     def _schedule(self, task: Task, delay: float) -> None:
         """Put the task into the ready heap, now or `delay` seconds later."""
-        # GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
-        # stood, and not behind all that came since.
+        # GOTCHA [retry-keeps-priority]: a retry must come back to where it stood, not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
-            task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
+            task.not_before = time.time() + delay
             # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a
             # few tasks that fail, and nothing else runs. A timer holds nothing.
             task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
@@ -514,15 +496,14 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        task.completed_at = datetime.now(UTC) if status.is_final else None
+        task.completed_at = time.time() if status in FINAL else None
         self._changed(task)
-        if not status.is_final:
-            return
-        # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
-        # hit one that still runs. In this line stand only the finished.
-        self._finished.append(task)
-        if len(self._finished) > self.settings.keep_finished:
-            self._evict(self._finished.popleft())
+        if status in FINAL:
+            # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
+            # can hit one that still runs. In this line stand only the finished.
+            self._finished.append(task)
+            if len(self._finished) > self.settings.keep_finished:
+                self._evict(self._finished.popleft())
 
     def _evict(self, task: Task) -> None:
         self.evicted += 1
@@ -534,17 +515,18 @@ class TaskStore:
 
     def _stop(self, task: Task, cause: StopCause) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
-
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
         # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
         if task.run and task.stop_cause in (None, "timeout"):
             task.stop_cause = cause
-            task.run.cancel()
+            # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
+            # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
+            # call_soon() is first in, first out, and the first step was put in there before.
+            task.run.get_loop().call_soon(task.run.cancel)
 
-# ======================================================================================================================
-# Handlers                                                                                              course module 05
+# ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
 # in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
 # plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
@@ -570,7 +552,6 @@ def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
 async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
                        handlers: Mapping[TaskType, Handler] | None = None) -> Any:
     """Call the handler of `task_type` and return its result; a plain dict is validated first.
-
     Raises ValidationError for such a dict, LookupError if there is no handler, and what the handler raises."""
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
@@ -583,11 +564,9 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
-
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
-    WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
-    never returns would make Ctrl-C hang for ever."""
+    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -655,15 +634,12 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
         update_progress(percent)
     return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
 
-# ======================================================================================================================
-# Workers                                                                                               course module 05
+# ===== Workers ================================================================================= course module 05 =====
 # Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
-# and whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The
-# section knows nothing of HTTP.
+# and whatever its end, `_settle` deals with it: there the slot is given back that `worker_loop` took. No HTTP here.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
     """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
-
     With base 0.5 and cap 30, at most 0.5, 1, 2, 4, 8, 16, 30, 30 … Random over the whole range, so that tasks that
     failed together don't come back together (Brooker, "Exponential Backoff And Jitter", AWS, 2015)."""
     return random.uniform(0, min(settings.backoff_cap, settings.backoff_base * 2 ** (attempt - 1)))
@@ -674,7 +650,6 @@ def describe(error: BaseException) -> str:
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
-
     Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
     what has not ended by then ends as `cancelled`."""
     STUBBORN_SECONDS = 0.3  # how long a stop waits for handlers that ignore their cancellation
@@ -686,6 +661,7 @@ class TaskQueue(TaskStore):
         # import, they break in the second app, or the second test, of a process. So each queue makes its own.
         self._slots = asyncio.Semaphore(self.settings.max_workers)
         self._worker: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None  # rings at the next deadline
 
     async def __aenter__(self) -> Self:
         self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
@@ -709,6 +685,7 @@ class TaskQueue(TaskStore):
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
             self._move(task, Status.CANCELLED)
+        self._check_deadlines()  # none is left: this puts the alarm away
 
     async def _wait_for_running(self, seconds: float) -> None:
         if runs := [task.run for task in self._shelves[Status.RUNNING].page() if task.run]:
@@ -729,9 +706,8 @@ class TaskQueue(TaskStore):
         """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
-            # GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one in hand
-            # already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters,
-            # none is left.
+            # GOTCHA [slot-before-get]: take the task first, then wait for a slot, and one is always in hand: a LOW that
+            # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
             await self._slots.acquire()
             try:
                 task = await self._next_ready()
@@ -749,28 +725,40 @@ class TaskQueue(TaskStore):
     def _start(self, task: Task) -> None:
         task.attempt += 1
         task.progress = 0
-        task.started_at = datetime.now(UTC)
+        task.started_at = time.time()
         task.stop_cause = None
+        task.deadline = self._loop.time() + task.timeout
         self._move(task, Status.RUNNING)
-        task.run = asyncio.create_task(self._attempt(task))
-        # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of its
-        # code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever. A done
-        # callback is called in every case.
-        task.run.add_done_callback(functools.partial(self._settle, task))
-        task.timer = self._loop.call_later(task.timeout, self._stop, task, "timeout")
+        task.run = self._loop.create_task(self._attempt(task))
+        if self._alarm is None or task.deadline < self._alarm.when():
+            self._check_deadlines()
 
-    async def _attempt(self, task: Task) -> Outcome:
-        """Run the handler once, and return what came of it; raises nothing."""
+    def _check_deadlines(self) -> None:
+        """Stop the attempts that are past their deadline, and set the alarm for the next one.
+        WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
+        running, now = self._shelves[Status.RUNNING].page(), self._loop.time()
+        for task in running:
+            if task.deadline <= now:
+                task.deadline = math.inf
+                self._stop(task, "timeout")
+        if self._alarm:
+            self._alarm.cancel()
+        deadline = min((task.deadline for task in running), default=math.inf)
+        self._alarm = self._loop.call_at(deadline, self._check_deadlines) if deadline < math.inf else None
+
+    async def _attempt(self, task: Task) -> None:
+        """Run the handler once, and settle what came of it; raises nothing."""
+        result = error = None
         try:
             update_progress = functools.partial(self._report, task, task.attempt)
-            result = await process_task(task.task_type, task.payload, update_progress, self.handlers)
-            return plain_json(result), None
+            result = plain_json(await process_task(task.task_type, task.payload, update_progress, self.handlers))
         # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
         # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
         # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
-        except BaseException as error:
+        except BaseException as exception:
             logger.debug("[%s] task %s, attempt %d", task.request_id, task.id, task.attempt, exc_info=True)
-            return None, describe(error)
+            error = describe(exception)
+        self._settle(task, result, error)
 
     def _report(self, task: Task, attempt: int, percent: float) -> None:
         """What a handler calls as `update_progress(percent)`, from whatever thread."""
@@ -785,13 +773,12 @@ class TaskQueue(TaskStore):
             task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
             self._changed(task)
 
-    def _settle(self, task: Task, run: "asyncio.Task[Outcome]") -> None:
+    def _settle(self, task: Task, result: Any, error: str | None) -> None:
         """The end of an attempt: give its slot back, then say what becomes of the task."""
         self._slots.release()
         task.run = None
         if task.status is not Status.RUNNING:
             return  # it was left behind by a shutdown
-        result, error = (None, "CancelledError") if run.cancelled() else run.result()
         if task.stop_cause == "timeout":
             error = f"TimeoutError: no result within {task.timeout:g} s"
         if task.stop_cause in ("cancel", "shutdown"):
@@ -808,8 +795,7 @@ class TaskQueue(TaskStore):
         logger.info("[%s] task %s (%s) attempt %d: %s %a", task.request_id, task.id, task.task_type, task.attempt,
                     task.status, task.error)
 
-# ======================================================================================================================
-# Middleware                                                                                            course module 07
+# ===== Middleware ============================================================================== course module 07 =====
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
@@ -822,7 +808,6 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class Metrics:
     """Counts the requests to each route, and how long they took.
-
     GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
     templates are few. A method is a client's free text too."""
 
@@ -922,8 +907,7 @@ class RequestMiddleware:
         # %a again: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
-# ======================================================================================================================
-# Page
+# ===== Page ===========================================================================================================
 # GET / for now: a way to the interactive documentation.
 
 PAGE = """<!doctype html>
@@ -931,8 +915,7 @@ PAGE = """<!doctype html>
 <h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
 """
 
-# ======================================================================================================================
-# Routes                                                                                                course module 07
+# ===== Routes ================================================================================== course module 07 =====
 # The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
 # exceptions become status codes in one table, so a route is only about what goes well.
 
@@ -951,39 +934,39 @@ ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when i
     413: {"model": Problem, "description": "The body is too large"},
     503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
 
-async def get_queue(request: Request) -> TaskQueue:
+def queue_of(request: Request) -> TaskQueue:
+    """WHY not Depends(): FastAPI would solve it for each request, at a tenth of what the whole request costs."""
     return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
 
-Queue = Annotated[TaskQueue, Depends(get_queue)]
 LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
 
 @router.post("/tasks", status_code=202, responses={400: {"model": Problem}, 413: ANSWERS[413], 503: ANSWERS[503]})
 async def submit_task(
-    submission: TaskSubmission, request: Request, response: Response, queue: Queue,
+    submission: TaskSubmission, request: Request, response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
     """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
-    status = queue.submit(submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    status = queue_of(request).submit(submission, request.state.request_id, idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
 
 @router.get("/tasks")
 async def list_tasks(
-    queue: Queue, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    request: Request, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> TaskList:
-    tasks, total = queue.list_tasks(status, limit, offset)
+    tasks, total = queue_of(request).list_tasks(status, limit, offset)
     return TaskList(tasks=tasks, total=total)
 
 @router.get("/tasks/{task_id}", responses={404: ANSWERS[404]})
-async def get_task(task_id: str, queue: Queue) -> TaskStatus:
-    return queue.get_task(task_id)
+async def get_task(task_id: str, request: Request) -> TaskStatus:
+    return queue_of(request).get_task(task_id)
 
 @router.delete("/tasks/{task_id}", responses={
     404: ANSWERS[404], 409: ANSWERS[409], 202: {"description": "A running task was asked to stop"}})
-async def cancel_task(task_id: str, response: Response, queue: Queue, force: bool = False) -> dict[str, str]:
+async def cancel_task(task_id: str, request: Request, response: Response, force: bool = False) -> dict[str, str]:
     """Cancel a waiting task; with `force=true`, also ask a running one to stop."""
-    if queue.cancel(task_id, force).status is Status.CANCELLED:
+    if queue_of(request).cancel(task_id, force).status is Status.CANCELLED:
         return {"detail": "Task cancelled", "task_id": task_id}
     response.status_code = 202
     return {"detail": "Cancellation requested", "task_id": task_id}
@@ -1005,15 +988,15 @@ def event_id(text: str) -> int:
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
     404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
-async def stream_task(task_id: str, queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
-
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
     again and again. A 204 tells it to stop (HTML standard, 9.2.3)."""
-    status, sent = queue.get_task(task_id), event_id(last_event_id)
-    if status.status.is_final and sent == status.version:
+    queue, sent = queue_of(request), event_id(last_event_id)
+    status = queue.get_task(task_id)
+    if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
     return event_stream(queue, task_frames(queue, task_id, sent))
 
@@ -1021,15 +1004,15 @@ async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterato
     status = None
     async for status in queue.watch(task_id, sent):
         yield status.progress_frame
-    if status is None or not status.status.is_final:
+    if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
 
 @router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
-async def stream_events(queue: Queue, last_event_id: LastEventId = "") -> Response:
+async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
-
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
+    queue = queue_of(request)
     return event_stream(queue, all_frames(queue, event_id(last_event_id)))
 
 async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
@@ -1046,15 +1029,17 @@ def overview(queue: TaskQueue) -> dict[str, Any]:
             "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
 
 @router.get("/health", responses={503: {"description": "The worker loop is not running"}})
-async def health(queue: Queue, response: Response) -> dict[str, Any]:
+async def health(request: Request, response: Response) -> dict[str, Any]:
     """Whether the worker loop is alive. The `pid` tells processes apart: each has a queue of its own."""
+    queue = queue_of(request)
     response.status_code = 200 if queue.is_running else 503
     return {"status": "healthy" if queue.is_running else "unhealthy", "pid": os.getpid(), **overview(queue)}
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-async def metrics(request: Request, queue: Queue, accept: Annotated[str, Header()] = "") -> Response:
+async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
     """JSON; or the text format of Prometheus, where `Accept` asks for text/plain or application/openmetrics-text."""
     metrics: Metrics = request.app.state.metrics
+    queue = queue_of(request)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
         return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
     lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
@@ -1074,7 +1059,6 @@ async def answer_queue_error(_: Request, error: Exception) -> Response:
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
     """422 with the place and the reason of each error.
-
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
     the answer can't be encoded, and the client's mistake becomes our 500."""
     assert isinstance(error, RequestValidationError)
@@ -1082,8 +1066,7 @@ async def answer_invalid(_: Request, error: Exception) -> Response:
     body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
     return Response(body, 422, media_type="application/json")
 
-# ======================================================================================================================
-# App                                                                                                   course module 05
+# ===== App ===================================================================================== course module 05 =====
 # Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
 # what must be made inside the event loop, and must be stopped.
 
@@ -1097,12 +1080,12 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
         async with TaskQueue(settings, handlers) as app.state.queue:
             yield
 
-    app = FastAPI(title="taskqueue", description="An async task queue, in memory.", lifespan=lifespan)
+    # WHY not include_router(): FastAPI would then match each request twice.
+    app = FastAPI(title="taskqueue", summary="An async task queue, in memory", lifespan=lifespan, routes=router.routes)
     app.state.metrics = Metrics()
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
     app.add_exception_handler(QueueError, answer_queue_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.include_router(router)
     return app
 
 def warn_of_more_processes() -> None:
@@ -1113,22 +1096,22 @@ def warn_of_more_processes() -> None:
 
 app = create_app()
 
-# ======================================================================================================================
-# Demo
+# ===== Demo ===========================================================================================================
 # `python taskqueue.py` serves the app above, and then uses it as any client would: over HTTP, with httpx. Each step of
 # the tour says what it shows, and checks that it is so.
 
+@dataclass
 class Tour:
-    def __init__(self, client: httpx.AsyncClient, workers: int) -> None:
-        self.client, self.workers, self.failed = client, workers, 0
+    client: httpx.AsyncClient
+    workers: int
+    failed: int = 0
 
     async def run(self) -> bool:
         """Take all steps; return whether everything held that they claim."""
-        steps = (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers)
-        for number, step in enumerate(steps, start=1):
-            print(f"\n{number}. {step.__doc__}", flush=True)
+        for step in (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers):
+            print(f"\n{step.__doc__}", flush=True)
             await step()
-        print(f"\n{self.failed} claims did not hold" if self.failed else "\nEvery claim held.", flush=True)
+        print(f"\n{self.failed} claims did not hold." if self.failed else "\nEvery claim held.", flush=True)
         return not self.failed
 
     def check(self, holds: bool, claim: str) -> None:
@@ -1148,7 +1131,7 @@ class Tour:
                 if show and line.startswith("data: "):
                     now = json.loads(line.removeprefix("data: "))
                     bar = "█" * (now["progress"] // 5) + "░" * (20 - now["progress"] // 5)
-                    redraw = sys.stdout.isatty() and not Status(now["status"]).is_final
+                    redraw = sys.stdout.isatty() and now["status"] not in FINAL
                     print(f"   {bar} {now['progress']:3} %, attempt {now['attempt']}, {now['status']:9}",
                           end="\r" if redraw else "\n", flush=True)
         return await self.call("GET", f"/tasks/{task['id']}")
@@ -1200,26 +1183,13 @@ class Tour:
         self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops whatever its clients do.
-
-    uvicorn itself waits until every response is sent, and to a client that has stopped reading that is for ever. Here,
-    what is left a second after the first signal is cut off, and a second signal ends the process at once."""
-
+    """A second Ctrl-C ends the process at once, whatever it is waiting for."""
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(1, self.cut_off)
-        await super().shutdown(sockets)
-        timer.cancel()
-
-    def cut_off(self) -> None:
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
-async def demo(server: Server, url: str, settings: Settings, tour: bool, once: bool) -> bool:
+async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -> bool:
     """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether its claims held."""
     serving = asyncio.create_task(server.serve())
     while not server.started and not serving.done():
@@ -1228,16 +1198,24 @@ async def demo(server: Server, url: str, settings: Settings, tour: bool, once: b
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.setLevel(logging.ERROR if tour else logging.INFO)  # the log would drown the tour
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        touring = asyncio.create_task(Tour(client, settings.max_workers).run() if tour else asyncio.sleep(0, True))
-        await asyncio.wait([serving, touring], return_when=asyncio.FIRST_COMPLETED)
-        touring.cancel()  # does nothing if it has ended
+        touring = asyncio.create_task(Tour(client, workers).run() if tour else asyncio.sleep(0, True))
+        while not touring.done() and not server.should_exit:
+            await asyncio.sleep(0.02)
+        interrupted = touring.cancel() or server.should_exit  # cancel() says whether there was anything to cancel
         await asyncio.wait([touring])
     logger.setLevel(logging.INFO)
-    server.should_exit = server.should_exit or once
-    if not server.should_exit:
+    if not once and not interrupted:
         print("\nServing on; Ctrl-C stops it.", flush=True)
+    while not server.should_exit:
+        server.should_exit = once
+        await asyncio.sleep(0.02)
+    # uvicorn waits until every response is sent; to a client that has stopped reading, that is for ever.
+    def cut_off() -> None:
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+    asyncio.get_running_loop().call_later(1, cut_off)
     await serving
-    return not touring.cancelled() and touring.result()
+    return not interrupted and touring.result()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
@@ -1260,7 +1238,7 @@ def main() -> None:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
-        held = asyncio.run(demo(server, f"http://{host}:{port}", settings, not args.no_tour, args.once))
+        held = asyncio.run(demo(server, f"http://{host}:{port}", settings.max_workers, not args.no_tour, args.once))
         sys.exit(0 if held else 1)
 
 if __name__ == "__main__":
