@@ -19,7 +19,6 @@ The life of one task, from its request to the last frame of its stream:
     GET /tasks/{id}/stream ◄────────── watch()          _settle() ◄────┴────────────┘
 
 The words used throughout:
-
     task         one piece of work: a `Task` record inside, a `TaskStatus` picture of it outside
     handler      the function that does the work of one task type
     attempt      one run of a handler for a task; a retry is the next attempt
@@ -30,9 +29,7 @@ The words used throughout:
     watcher      a stream that waits for changes; all it holds is the last version that it sent
 
 Read it top to bottom; no section needs to know those below it:
-
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
-
 `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
 test of that name. `SIMPLIFIED` says what production would do instead.
 
@@ -42,7 +39,7 @@ test of that name. `SIMPLIFIED` says what production would do instead.
 """
 
 import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time, traceback
+import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
@@ -50,7 +47,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
@@ -166,10 +163,7 @@ class TaskSubmission(BaseModel):
         return payload
 
 class TaskStatus(BaseModel):
-    """A picture of a task at one moment.
-    WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
-    is handed out must not change in the reader's hands."""
-
+    """A picture of a task at one moment. WHY not the queue's own `Task`: that one changes, in its reader's hands."""
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
     id: str
@@ -202,8 +196,7 @@ class TaskStatus(BaseModel):
         return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
-    """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
-    No event may be named "error": under that name EventSource reports a lost connection."""
+    """One frame of an event stream (HTML standard, 9.2.5). None may be named "error": so EventSource names its own."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
 class TaskList(BaseModel):
@@ -229,7 +222,8 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.PENDING: {Status.RUNNING, Status.CANCELLED},
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
-StopCause = Literal["timeout", "cancel", "shutdown"]
+STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
+LEFT_BEHIND = "left behind"
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
@@ -257,7 +251,7 @@ class Task:
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
     run: "asyncio.Task[None] | None" = None  # the attempt that runs now
-    stop_cause: StopCause | None = None  # why that attempt was asked to stop
+    stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
 # never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
@@ -274,9 +268,8 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
-    Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
-    numbers, and only the blocks that a page shows are sorted."""
+    """Tasks in order of submission, in which to add, remove or page costs no more because there are more of them. They
+    come and go in any order; so they stand in blocks of neighbouring numbers, and a page sorts only those it shows."""
     BLOCK = 2048
 
     def __init__(self) -> None:
@@ -375,7 +368,7 @@ class TaskStore:
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
-            # until it is popped, where `_next_ready` skips it. But while the workers are busy nothing is popped: submit
+            # until it is popped, where `worker_loop` skips it. But while the workers are busy nothing is popped: submit
             # and cancel all day, and memory is full. So the dead are swept out once they are a tenth of the heap.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
@@ -386,11 +379,13 @@ class TaskStore:
         return TaskStatus.model_validate(task)
 
     # -- watching
-    async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
-        """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
-        Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
-        task = self._find(task_id)
-        sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
+    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
+        """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
+        final one, or until the queue stops. Raises TaskNotFound, and at once."""
+        return self._watch(self._find(task_id), last_event_id)
+
+    async def _watch(self, task: Task, sent: int) -> AsyncIterator[TaskStatus]:
+        sent = sent if sent <= task.version else 0  # junk, if the task never had that version
         # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
         # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
         self.watchers += 1
@@ -513,13 +508,13 @@ class TaskStore:
         if task.idempotency_key:
             del self._keys[task.idempotency_key]
 
-    def _stop(self, task: Task, cause: StopCause) -> None:
+    def _stop(self, task: Task, cause: str) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause in (None, "timeout"):
+        # exception: the cause is written down before the cancel, and a lesser one can't replace it.
+        if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
             task.stop_cause = cause
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
@@ -528,9 +523,8 @@ class TaskStore:
 
 # ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
-# in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
-# plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
-# tested, or moved to another queue, as it is.
+# in its annotation, and a function to report progress with; it returns what JSON can carry. A plain `def` runs in a
+# thread of its own. Handlers know nothing of queues, so each can be tested, or moved to another one, as it is.
 
 UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
@@ -589,13 +583,13 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     while not ended.done():
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancellation:
+            if cancellation.args == (LEFT_BEHIND,):
+                raise
             stopped.set()
     result, error = ended.result()
-    if error is not None:
-        raise error
-    if stopped.is_set():
-        raise asyncio.CancelledError("it was cancelled, and has ended since")
+    if error is not None or stopped.is_set():
+        raise error or asyncio.CancelledError()
     return result
 
 # The three handlers of the service only simulate: they sleep through their stages and, now and then, fail.
@@ -646,7 +640,11 @@ def backoff_delay(attempt: int, settings: Settings) -> float:
 
 def describe(error: BaseException) -> str:
     """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
-    return "".join(traceback.format_exception_only(error)).strip()[:1000].encode(errors="replace").decode()
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except BaseException:  # its own __str__ can raise anything too
+        text = type(error).__name__
+    return text[:1000].encode(errors="replace").decode()
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
@@ -684,6 +682,7 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+                task.run.cancel(LEFT_BEHIND)
             self._move(task, Status.CANCELLED)
         self._check_deadlines()  # none is left: this puts the alarm away
 
@@ -710,17 +709,14 @@ class TaskQueue(TaskStore):
             # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
             await self._slots.acquire()
             try:
-                task = await self._next_ready()
+                _, _, task = await self._ready.get()
             except BaseException:
                 self._slots.release()
                 raise
-            self._start(task)
-
-    async def _next_ready(self) -> Task:
-        while True:
-            _, _, task = await self._ready.get()
             if task.status is Status.PENDING:
-                return task
+                self._start(task)
+            else:
+                self._slots.release()  # it was cancelled while it waited
 
     def _start(self, task: Task) -> None:
         task.attempt += 1
@@ -829,10 +825,9 @@ class Metrics:
                 "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, total), 3),
                 "status_counts": sum(self.statuses.values(), Counter[int]()),
                 "routes": {" ".join(route): {
-                    "count": statuses.total(),
-                    "avg_duration_ms": round(1000 * self.seconds[route] / statuses.total(), 3),
-                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, self.buckets[route], strict=True) if n},
-                } for route, statuses in self.statuses.items()}}
+                    "count": sum(buckets), "avg_duration_ms": round(1000 * self.seconds[route] / sum(buckets), 3),
+                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, buckets, strict=True) if n},
+                } for route, buckets in self.buckets.items()}}
 
     def as_prometheus(self) -> Iterator[str]:
         """Lines of the text format 0.0.4. There a bucket counts all that took up to its bound."""
@@ -895,10 +890,8 @@ class RequestMiddleware:
             await JSONResponse({"detail": "Internal Server Error"}, 500)(scope, receive, send_with_id)
 
     def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and self.SANE_ID.fullmatch(text := str(value, "latin-1")):
-                return text
-        return secrets.token_hex(8)
+        inbound = str(dict(scope["headers"]).get(b"x-request-id", b""), "latin-1")
+        return inbound if self.SANE_ID.fullmatch(inbound) else secrets.token_hex(8)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
@@ -926,13 +919,13 @@ HTTP_STATUS: dict[type[QueueError], int] = {
 class Problem(BaseModel):
     detail: str
 
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
-ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
+ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes may answer
+    "stream": {"content": {"text/event-stream": {}}},
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
+    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {
+        "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}}}
 
 def queue_of(request: Request) -> TaskQueue:
     """WHY not Depends(): FastAPI would solve it for each request, at a tenth of what the whole request costs."""
@@ -975,8 +968,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
     # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
     # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
-    # the signal and calls `shutdown_event.set()`, which wakes no generator that waits for something else. So what it
-    # gets here is no event at all: its `set` has the queue end all watches.
+    # the signal and sets `shutdown_event`, but that wakes no generator; so here `set` has the queue end all watches.
     settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
                                shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
@@ -987,7 +979,7 @@ def event_id(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
-    404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
+    404: ANSWERS[404], 200: ANSWERS["stream"], 204: {"description": "Ended, and its last event is known"}})
 async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
@@ -998,16 +990,16 @@ async def stream_task(task_id: str, request: Request, last_event_id: LastEventId
     status = queue.get_task(task_id)
     if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
-    return event_stream(queue, task_frames(queue, task_id, sent))
+    return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
-async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterator[bytes]:
+async def task_frames(states: AsyncIterator[TaskStatus]) -> AsyncIterator[bytes]:
     status = None
-    async for status in queue.watch(task_id, sent):
+    async for status in states:
         yield status.progress_frame
     if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
 
-@router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
+@router.get("/events", response_class=Response, responses={200: ANSWERS["stream"]})
 async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
@@ -1042,9 +1034,9 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
     queue = queue_of(request)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
         return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
-    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
+    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge",
              *(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}' for status in Status),
-             f"taskqueue_submitted_total {queue.submitted}"]
+             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
