@@ -3,9 +3,9 @@
 The sections are those of the module, in its order, after one with the tools. For each `GOTCHA [slow-reader]` over there
 a test here has `slow_reader` in its name, so `python -m pytest -k slow_reader` runs the proof of that one.
 
-How the tests wait. A handler stands at a `Gate` until the test lets it go, so nothing here is a race. The event loop has
-a virtual clock, so nothing takes long: where it would sleep, it sets its clock forward instead. `await quiet()` returns
-once everything has happened that can happen without time passing. Only what needs a thread runs on the real clock.
+How the tests wait. A handler stands at a `Gate` until the test lets it go, so nothing is a race. The event loop has a
+virtual clock, so nothing takes long: where it would sleep, it sets its clock forward. `await quiet()` returns once all
+has happened that can happen without time passing. Only what needs a thread runs on the real clock.
 """
 
 import asyncio, contextlib, dataclasses, gc, itertools, json, logging, math, os, pathlib, random, re, selectors, signal
@@ -17,16 +17,14 @@ from pydantic import BaseModel, ValidationError
 from sse_starlette.sse import AppStatus
 
 import taskqueue
-from taskqueue import HANDLERS, TRANSITIONS, IdempotencyKeyReused, IllegalTransition, QueueFull, Settings, Status
-from taskqueue import TaskNotCancellable, TaskNotFound, TaskQueue, TaskSubmission, TaskType
-from taskqueue import backoff_delay, create_app, process_task
+from taskqueue import HANDLERS, IllegalTransition, QueueFull, Settings, Status, TaskNotCancellable, TaskNotFound
+from taskqueue import TaskQueue, TaskSubmission, TaskType, backoff_delay, create_app, process_task
 
 pytestmark = pytest.mark.anyio
 HERE = pathlib.Path(__file__).parent
 FINAL = {"completed", "failed", "cancelled"}
 
-# ======================================================================================================================
-# Tools
+# ===== Tools ==========================================================================================================
 # A clock that jumps, a handler that waits to be let go, a queue or an app around it, and a reader of live streams.
 
 class JumpingSelector(selectors.DefaultSelector):
@@ -76,7 +74,6 @@ async def nothing_is_left(anyio_backend, monkeypatch):
 
 class Gate:
     """A handler in the hands of the test: it logs which tasks start, and holds each until it is let go.
-
     The subject of the e-mail is the name of a task: `order("a")` makes the task "a"."""
 
     def __init__(self):
@@ -167,9 +164,16 @@ def strict_json(text):
 def deep(levels):
     return "[" * levels + "]" * levels
 
+@contextlib.asynccontextmanager
+async def streaming(gate, status, path="/tasks/{}/stream", last_event_id="", **knobs):
+    """A queue that has the task "it" in this status, and a stream of that task."""
+    async with serving(gate, **knobs) as (app, _, queue):
+        task_id = await bring_to(status, queue, gate)
+        async with Stream(app, path.format(task_id), last_event_id) as stream:
+            yield queue, stream
+
 class Stream:
     """A client of one live stream, on the bare ASGI interface: httpx would wait for the end of it.
-
     It reads frame by frame; while `reading` is not set it reads nothing; and it hangs up at the end of its block."""
 
     def __init__(self, app, path, last_event_id="", body=b""):
@@ -177,7 +181,7 @@ class Stream:
         self.scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("test", 1),
-            "server": ("test", 80), "headers": [(b"last-event-id", last_event_id.encode())]}
+            "server": ("test", 80), "headers": [(b"last-event-id", last_event_id.encode("latin-1"))]}
         self.reading, self.hung_up = asyncio.Event(), asyncio.Event()
         self.reading.set()
 
@@ -225,8 +229,7 @@ class Stream:
             frames.append(frame)
         return frames
 
-# ======================================================================================================================
-# Settings
+# ===== Settings =======================================================================================================
 # What can be turned, and how far.
 
 def test_settings_are_frozen_and_have_the_defaults_of_the_contract():
@@ -243,8 +246,7 @@ def test_settings_out_of_range_are_refused(knob):
     with pytest.raises(ValidationError):
         Settings(**knob)
 
-# ======================================================================================================================
-# Models
+# ===== Models =========================================================================================================
 # What an order may say. What HTTP makes of a refusal stands under Routes.
 
 def test_submission_has_the_defaults_of_the_contract():
@@ -260,15 +262,14 @@ def test_submission_takes_each_bound_and_keeps_the_payload_as_it_was_sent():
 @pytest.mark.parametrize("fields", [
     {"task_type": "bake_cake"}, {"priority": True}, {"priority": "1"}, {"priority": 1.0}, {"priority": 2},
     {"priority": 10**40}, {"priority": None}, {"max_retries": -1}, {"max_retries": 11}, {"max_retries": True},
-    {"max_retries": 1.5}, {"timeout": 0}, {"timeout": 3601}, {"timeout": "60"}, {"timeout": True}, {"timeout": math.nan},
-    {"delay": -1}, {"delay": 86401}, {"delay": math.inf}, {"colour": "red"}, {"payload": []}, {"payload": None},
-    {"payload": {"subject": 5}}, {"payload": {"to": None}}, {"payload": {"extra": math.nan}}], ids=str)
+    {"max_retries": 1.5}, {"timeout": 0}, {"timeout": 3601}, {"timeout": "60"}, {"timeout": True},
+    {"timeout": math.nan}, {"delay": -1}, {"delay": 86401}, {"delay": math.inf}, {"colour": "red"}, {"payload": []},
+    {"payload": None}, {"payload": {"subject": 5}}, {"payload": {"to": None}}, {"payload": {"extra": math.nan}}], ids=str)
 def test_submission_refuses(fields):
     with pytest.raises(ValidationError):
         TaskSubmission.model_validate({"task_type": "send_email", **fields})
 
-# ======================================================================================================================
-# Queue
+# ===== Queue ==========================================================================================================
 # Tasks go in, and come out in the right order, or not at all.
 
 async def test_queue_runs_lower_priority_numbers_first(gate):
@@ -287,16 +288,16 @@ async def test_queue_tie_break_is_the_order_of_submission_whatever_the_clock_doe
         await gate.let_all_go()
     assert gate.log == list("abcdefgh")
 
-async def test_queue_lists_pages_newest_first_and_counts_every_match(gate):
-    """More tasks than a block of a shelf holds, so that pages cross from one to the next."""
-    async with running(gate, max_pending=2000) as queue:
-        every = [queue.submit(order(delay=9)).id for _ in range(1100)][::-1]
-        cancelled = every[:600:3]
+async def test_queue_lists_pages_newest_first_and_counts_every_match(gate, monkeypatch):
+    monkeypatch.setattr(taskqueue.Shelf, "BLOCK", 8)  # so that pages cross from one block to the next
+    async with running(gate) as queue:
+        every = [queue.submit(order(delay=9)).id for _ in range(50)][::-1]
+        cancelled = every[5:15] + every[20::3]
         for task_id in cancelled:
             queue.cancel(task_id)
         waiting = [task_id for task_id in every if task_id not in cancelled]
         for status, ids in (None, every), (Status.CANCELLED, cancelled), (Status.PENDING, waiting):
-            for offset in (0, 70, 588, len(ids) - 2, len(ids), 10**30):
+            for offset in (*range(len(ids) + 1), 10**30):
                 page, total = queue.list_tasks(status, limit=5, offset=offset)
                 assert ([task.id for task in page], total) == (ids[offset : offset + 5], len(ids))
 
@@ -314,24 +315,14 @@ async def test_queue_lazy_cancel_does_not_fill_the_memory(gate):
     """GOTCHA [lazy-cancel]: the workers are busy, so nobody takes the dead out of the heap."""
     async with running(gate, max_workers=1, keep_finished=10) as queue:
         for number in range(30):
-            queue.submit(order(str(number)))
+            queue.submit(order(str(number), timeout=1000))
         await quiet()
-        for _ in range(1000):
-            queue.cancel(queue.submit(order("cancelled")).id)
+        for delay in (0, 9) * 500:
+            queue.cancel(queue.submit(order("cancelled", delay=delay)).id)
+        await asyncio.sleep(10)
         assert queue._ready.qsize() < 200
         await gate.let_all_go()
     assert gate.log == [str(number) for number in range(30)]
-
-async def test_queue_counts_only_the_waiting_against_its_bound(gate):
-    async with running(gate, max_workers=1, max_pending=2) as queue:
-        await bring_to("running", queue, gate)
-        queue.submit(order("delayed", delay=9))
-        queue.submit(order("ready"))
-        with pytest.raises(QueueFull, match="2 tasks"):
-            queue.submit(order("one more"))
-        gate.let_go("it")
-        await quiet()
-        queue.submit(order("now there is room"))
 
 async def test_queue_unbounded_history_evicts_the_oldest_finished_and_nothing_else(gate):
     """GOTCHA [unbounded-history]: the two oldest tasks of all have not finished, and stay."""
@@ -343,21 +334,6 @@ async def test_queue_unbounded_history_evicts_the_oldest_finished_and_nothing_el
         assert queue.evicted == 2
         with pytest.raises(TaskNotFound):
             queue.get_task(ended[1])
-
-async def test_queue_can_keep_nothing_that_has_finished(gate):
-    async with running(gate, keep_finished=0) as queue:
-        task_id = await bring_to("pending", queue, gate)
-        assert queue.cancel(task_id).status == "cancelled"
-        assert (queue.list_tasks(), queue.evicted) == (([], 0), 1)
-
-async def test_queue_knows_an_idempotency_key_even_when_it_is_full(gate):
-    async with running(gate, max_pending=1) as queue:
-        task = queue.submit(order(delay=9), idempotency_key="k")
-        assert queue.submit(order(delay=9), idempotency_key="k") == task
-        with pytest.raises(IdempotencyKeyReused):
-            queue.submit(order(delay=8), idempotency_key="k")
-        with pytest.raises(QueueFull):
-            queue.submit(order(delay=9), idempotency_key="other")
 
 async def test_queue_forgets_an_idempotency_key_with_its_task(gate):
     async with running(gate, keep_finished=1) as queue:
@@ -377,11 +353,6 @@ async def test_queue_terminal_is_final(status, gate):
             with pytest.raises(IllegalTransition):
                 queue._move(queue._tasks[task_id], target, result="late")
         assert queue.get_task(task_id) == before
-
-def test_queue_moves_a_task_only_where_the_contract_lets_it():
-    assert {(source.value, target.value) for source, targets in TRANSITIONS.items() for target in targets} == {
-        ("pending", "running"), ("pending", "cancelled"), ("running", "completed"), ("running", "failed"),
-        ("running", "cancelled"), ("running", "pending")}
 
 @pytest.mark.parametrize("steps", range(6))
 async def test_queue_snapshot_then_subscribe_loses_no_change(steps, gate):
@@ -403,8 +374,7 @@ async def test_queue_numbers_its_changes_above_those_of_an_earlier_life(gate):
     async with running(gate) as queue:
         assert queue.submit(order()).version > old.version
 
-# ======================================================================================================================
-# Handlers
+# ===== Handlers =======================================================================================================
 # How one is called: in the loop or in a thread, and with what. And the three that only simulate.
 
 async def test_process_task_gives_the_handler_the_validated_model():
@@ -413,8 +383,6 @@ async def test_process_task_gives_the_handler_the_validated_model():
 
     got = await process_task(TaskType.RESIZE_IMAGE, {"width": 5, "note": "x"}, print, {TaskType.RESIZE_IMAGE: handle})
     assert (type(got), got.width, got.height, got.note) == (taskqueue.ResizeImagePayload, 5, 600, "x")
-
-async def test_process_task_refuses_a_wrong_payload_and_an_unknown_type():
     with pytest.raises(ValidationError):
         await process_task(TaskType.RESIZE_IMAGE, {"width": "5"}, print)
     with pytest.raises(LookupError, match="send_email"):
@@ -484,12 +452,6 @@ async def test_handlers_thread_is_asked_to_stop_and_keeps_its_slot_until_it_has(
     assert log == ["first", "second", "was not stopped"]
 
 @real_clock
-@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), StopIteration()], ids=repr)
-async def test_handlers_thread_may_raise_anything(error):
-    state = await outcome(lambda payload, update_progress: throw(error))
-    assert (state.status, type(error).__name__ in state.error) == ("failed", True)
-
-@real_clock
 @pytest.mark.parametrize("task_type", TaskType)
 async def test_simulated_handlers_report_rising_progress_up_to_100(task_type):
     async with TaskQueue(Settings(pace=0, failure_rate=0)) as queue:
@@ -506,10 +468,9 @@ async def test_simulated_handlers_keep_the_pace_and_the_failure_rate_that_are_se
             state = await until(queue, queue.submit(TaskSubmission(task_type="resize_image")).id)
             assert state.status == status
     assert state.error.startswith("RuntimeError: simulated failure while ")
-    assert 4 * 0.5 * 3 < now() <= 2 * 4 * 0.5 * 3  # four stages of half a second; the second task stops after one of them
+    assert 4 * 0.5 * 3 < now() <= 2 * 4 * 0.5 * 3  # four stages of half a second; the second task fails after one
 
-# ======================================================================================================================
-# Workers
+# ===== Workers ========================================================================================================
 # Slots, order, attempts, time, and every way for an attempt to end.
 
 @pytest.mark.parametrize("limit", [1, 3, 7])
@@ -555,16 +516,6 @@ async def test_workers_retry_until_an_attempt_succeeds(monkeypatch):
     assert (state.status, state.attempt, state.result, state.error) == ("completed", 3, "at last", None)
     assert started == pytest.approx([0, 2, 6], abs=0.001)  # 2 s of backoff, then 4
 
-async def test_workers_fail_a_task_after_its_last_attempt():
-    async def handle(payload, update_progress):
-        attempts.append(len(attempts) + 1)
-        raise ConnectionError(f"no route {attempts[-1]}")
-
-    attempts = []
-    state = await outcome(handle, max_retries=2)
-    assert (state.status, state.attempt, state.result) == ("failed", 3, None)
-    assert (state.error, attempts) == ("ConnectionError: no route 3", [1, 2, 3])
-
 async def test_workers_backoff_holds_slot_of_nobody(gate, monkeypatch):
     """GOTCHA [backoff-holds-slot]: while one task waits for its next attempt, another runs."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
@@ -592,57 +543,42 @@ def test_backoff_doubles_up_to_its_cap_with_full_jitter(monkeypatch):
     assert spans == [(0, longest) for longest in (0.5, 1, 2, 4, 8, 16, 30, 30)]
 
 async def test_workers_stop_an_attempt_at_its_timeout_and_retry_it(gate):
-    state = await outcome(gate, {"backoff_base": 0}, timeout=3, max_retries=1)
-    assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 3 s")
-    assert (gate.log, now()) == (["it", "it"], pytest.approx(6, abs=0.001))
+    async with running(gate, backoff_base=0) as queue:
+        queue.submit(order("longer", timeout=50))
+        state = await until(queue, queue.submit(order(timeout=3, max_retries=1)).id)
+        assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 3 s")
+        assert (list(gate.held), now()) == (["longer"], pytest.approx(6, abs=0.001))
 
 @pytest.mark.parametrize("reaction", ["lets go", "raises another error", "returns all the same", "takes its time"])
-@pytest.mark.parametrize(("cause", "status", "error"), [
-    ("timeout", "failed", "TimeoutError: no result within 5 s"), ("cancel", "cancelled", None),
-    ("shutdown", "cancelled", None)])
-async def test_workers_whose_timeout_is_known_by_its_cause(cause, status, error, reaction, monkeypatch):
+@pytest.mark.parametrize(("causes", "status", "error"), [
+    ({"timeout"}, "failed", "TimeoutError: no result within 5 s"), ({"cancel"}, "cancelled", None),
+    ({"timeout", "cancel"}, "cancelled", None), ({"shutdown"}, "cancelled", None),
+    (set(), "failed", "TimeoutError: mine")], ids=["timeout", "cancel", "timeout, then cancel", "shutdown", "nobody"])
+async def test_workers_whose_timeout_is_known_by_its_cause(causes, status, error, reaction, monkeypatch):
     """GOTCHA [whose-timeout]: it matters who has stopped a handler, not what comes out of it then."""
     async def handle(payload, update_progress):
+        if not causes:
+            raise TimeoutError("mine")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             if reaction == "raises another error":
-                raise TimeoutError("mine") from None
+                raise ValueError from None
             if reaction == "takes its time":
-                await asyncio.sleep(60)  # its deadline passes, too
+                await asyncio.sleep(60)  # its deadline passes meanwhile
             if reaction != "returns all the same":
                 raise
 
     monkeypatch.setattr(TaskQueue, "STUBBORN_SECONDS", 100)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
     async with running(handle, drain_seconds=2) as queue:
-        task_id = queue.submit(order(timeout=5)).id
+        task_id = queue.submit(order(timeout=5, max_retries=0 if status == "failed" else 1)).id
         await quiet()
-        if cause == "cancel":
-            queue.cancel(task_id, force=True)
-        await asyncio.sleep(0 if cause == "shutdown" else 100)
-    assert (queue.get_task(task_id).status, queue.get_task(task_id).error) == (status, error)
-
-async def test_workers_whose_timeout_is_not_the_handlers_own():
-    """GOTCHA [whose-timeout]: a TimeoutError that a handler raises by itself is an error like any other."""
-    async def handle(payload, update_progress):
-        raise TimeoutError("the database")
-
-    assert (await outcome(handle)).error == "TimeoutError: the database"
-
-async def test_workers_do_not_retry_what_was_cancelled(gate):
-    async with running(gate, backoff_base=0) as queue:
-        task = queue.submit(order(max_retries=5))
-        await quiet()
-        queue.cancel(task.id, force=True)
-        assert (await until(queue, task.id)).status == "cancelled"
-    assert gate.log == ["it"]
-
-class Unprintable(Exception):
-    def __str__(self):
-        raise RuntimeError("no words for it")
-
-odd_syntax_error = SyntaxError("odd")
-odd_syntax_error.text, odd_syntax_error.lineno = 5, 1
+        if "cancel" in causes:
+            asyncio.get_running_loop().call_later(5 if "timeout" in causes else 0, queue.cancel, task_id, True)
+        await asyncio.sleep(0 if "shutdown" in causes else 100)
+    state = queue.get_task(task_id)
+    assert (state.status, state.error, state.attempt) == (status, error, 1)
 
 def endless():
     return endless()
@@ -650,16 +586,22 @@ def endless():
 @pytest.mark.parametrize(("misbehave", "named"), [
     (lambda: throw(SystemExit(3)), "SystemExit: 3"), (lambda: throw(asyncio.CancelledError()), "CancelledError"),
     (lambda: throw(ValueError("x")), "ValueError: x"), (lambda: throw(StopIteration()), "StopIteration"),
-    (lambda: throw(GeneratorExit()), "GeneratorExit"), (lambda: throw(odd_syntax_error), "SyntaxError"), (lambda: throw(Unprintable()), "Unprintable"),
+    (lambda: throw(GeneratorExit()), "GeneratorExit"),
+    (lambda: throw(type("Unprintable", (Exception,), {"__str__": None})()), "Unprintable"),
     (lambda: throw(ValueError("\ud800")), "ValueError: ?"), (lambda: throw(ValueError("x" * 10**6)), "ValueError: xxx"),
-    (endless, "RecursionError"), (lambda: throw(ExceptionGroup("two", [ValueError(), KeyError()])), "ExceptionGroup: two"),
+    (endless, "RecursionError"), (lambda: throw(ExceptionGroup("two", [ValueError()])), "ExceptionGroup: two"),
     (lambda: throw(KeyboardInterrupt()), "KeyboardInterrupt")])
-async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(misbehave, named):
-    """GOTCHA [cancelled-error]: `except Exception` lets some of these pass. One of them stops the whole server."""
-    async def handle(payload, update_progress):
+@pytest.mark.parametrize("threaded", [False, True], ids=["async def", "def"])
+@real_clock
+async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(threaded, misbehave, named):
+    """GOTCHA [cancelled-error]: `except Exception` lets some of these pass. SystemExit even stops the whole server."""
+    def handle(payload, update_progress):
         return misbehave() if payload.subject == "it" else "fine"
 
-    async with running(handle, max_workers=1) as queue:
+    async def handle_async(payload, update_progress):
+        return handle(payload, update_progress)
+
+    async with running(handle if threaded else handle_async, max_workers=1) as queue:
         state = await until(queue, queue.submit(order()).id)
         assert (state.status, named in state.error, len(state.error) <= 1000) == ("failed", True, True)
         strict_json(state.model_dump_json())
@@ -710,8 +652,9 @@ async def test_workers_bad_result_fails_its_task_and_spoils_nothing(result):
         assert '"failed"' in (await client.get(f"/tasks/{task.id}/stream")).text
 
 @pytest.mark.parametrize(("result", "shown"), [
-    (None, None), ({7}, [7]), ((1, "é"), [1, "é"]), ({1: 2}, {"1": 2}), (json.loads(deep(150)), json.loads(deep(150))),
-    (taskqueue.ResizeImagePayload(url="u"), {"url": "u", "width": 800, "height": 600}), (10**30, 10**30),
+    (None, None), ({7}, [7]), ((1, "é"), [1, "é"]), ({1: 2}, {"1": 2}), (10**30, 10**30),
+    (json.loads(deep(150)), json.loads(deep(150))),
+    (taskqueue.ResizeImagePayload(url="u"), {"url": "u", "width": 800, "height": 600}),
     (datetime(2030, 1, 1, tzinfo=UTC), "2030-01-01T00:00:00Z")], ids=lambda value: type(value).__name__)
 async def test_workers_turn_a_result_into_plain_json(result, shown):
     async def handle(payload, update_progress):
@@ -825,6 +768,29 @@ async def test_shutdown_leaves_a_handler_behind_that_ignores_it(caplog):
     await quiet()
     assert queue.get_task(task.id).status == "cancelled"
 
+STUBBORN = """
+import asyncio
+from taskqueue import Settings, TaskQueue, TaskSubmission, TaskType
+
+async def handle(payload, update_progress):
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+async def main():
+    async with TaskQueue(Settings(drain_seconds=0), {TaskType.SEND_EMAIL: handle}) as queue:
+        queue.submit(TaskSubmission(task_type="send_email"))
+        await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+
+def test_shutdown_lets_the_process_end_whatever_a_handler_does():
+    ran = subprocess.run([sys.executable, "-c", STUBBORN], cwd=HERE, capture_output=True, text=True, timeout=5)
+    assert (ran.returncode, ran.stderr.count("\n"), "left behind" in ran.stderr) == (0, 1, True)
+
 async def test_workers_log_names_the_request_and_holds_no_line_of_a_client(caplog):
     caplog.set_level(logging.INFO, "taskqueue")
     async with serving() as (_, client, queue):
@@ -844,8 +810,9 @@ async def test_workers_keep_every_rule_whatever_comes(gate, monkeypatch):
             match chance.randrange(6):
                 case 0 | 1:
                     with contextlib.suppress(QueueFull):
-                        queue.submit(order(str(step), priority=chance.choice([1, 5, 10]), delay=chance.choice([0, 0, 3]),
-                                           timeout=chance.randint(1, 20), max_retries=chance.randint(0, 2)))
+                        queue.submit(order(
+                            str(step), priority=chance.choice([1, 5, 10]), delay=chance.choice([0, 0, 3]),
+                            timeout=chance.randint(1, 20), max_retries=chance.randint(0, 2)))
                 case 2 | 3 if gate.held:
                     gate.let_go(chance.choice(list(gate.held)), chance.choice(["done", ValueError("x")]))
                 case 4 if tasks := queue.list_tasks()[0]:
@@ -865,8 +832,7 @@ async def test_workers_keep_every_rule_whatever_comes(gate, monkeypatch):
                 assert task.status != "failed" or (task.error and task.result is None)
     assert (gate.most, {task.status for task in ended.values()}) == (3, {"completed", "failed", "cancelled"})
 
-# ======================================================================================================================
-# Middleware
+# ===== Middleware =====================================================================================================
 # What it gives every request: an id, a line in the log, a place in the metrics.
 
 @pytest.mark.parametrize(("sent", "kept"), [
@@ -874,15 +840,17 @@ async def test_workers_keep_every_rule_whatever_comes(gate, monkeypatch):
     ("a\nforged line", False), ("a\x1b[2J", False)])
 async def test_middleware_keeps_a_sane_request_id_and_replaces_another(sent, kept):
     async with serving() as (_, client, _):
-        [request_id] = (await client.get("/health", headers={"X-Request-ID": sent.encode()})).headers.get_list("X-Request-ID")
+        answer = await client.get("/health", headers={"X-Request-ID": sent.encode()})
+        [request_id] = answer.headers.get_list("X-Request-ID")
         assert (request_id == sent, bool(re.fullmatch("[0-9a-f]{16}", request_id))) == (kept, not kept)
 
 async def test_middleware_puts_the_request_id_on_every_answer_and_on_the_task(gate, caplog):
     caplog.set_level(logging.INFO, "taskqueue")
     async with serving(gate) as (_, client, queue):
-        for method, path in [("GET", "/"), ("GET", "/docs"), ("GET", "/nothing"), ("PUT", "/tasks"), ("GET", "/tasks?limit=0"),
-                             ("DELETE", "/tasks/x"), ("GET", "/tasks/x/stream"), ("POST", "/tasks")]:
-            answer = await client.request(method, path, headers={"X-Request-ID": "r-1"}, json={"task_type": "send_email"})
+        client.headers["X-Request-ID"] = "r-1"
+        for call in ("GET /", "GET /docs", "GET /nothing", "PUT /tasks", "GET /tasks?limit=0", "DELETE /tasks/x",
+                     "GET /tasks/x/stream", "POST /tasks"):
+            answer = await client.request(*call.split(), json={"task_type": "send_email"})
             assert answer.headers.get_list("X-Request-ID") == ["r-1"]
         assert answer.json()["request_id"] == queue.list_tasks()[0][0].request_id == "r-1"
     assert caplog.text.count("[r-1] ") == 8
@@ -894,20 +862,44 @@ async def test_middleware_cannot_be_made_to_write_a_forged_log_line(caplog):
     [line] = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
     assert re.fullmatch(r"\[[0-9a-f]{16}\] OTHER '/x\\n2030-01-01 forged' 404 \d+\.\d ms", line)
 
-async def test_metrics_count_requests_by_status_and_by_time(monkeypatch):
+def parse_prometheus(text):
+    """A strict little reader of the text format 0.0.4: the samples of a metric follow its TYPE line, in one group."""
+    family, families, samples = None, [], {}
+    for line in text.removesuffix("\n").split("\n"):
+        if declared := re.fullmatch(r"# TYPE (\w+) (?:counter|gauge|histogram)", line):
+            families.append(family := declared[1])
+        else:
+            name, value = re.fullmatch(r'(\w+(?:\{(?:\w+="[^"\\\n]*",?)+\})?) (\S+)', line).groups()
+            assert re.sub("_(bucket|sum|count)$", "", name.partition("{")[0]) == family
+            assert name not in samples
+            samples[name] = float(value)
+    assert len(families) == len(set(families))
+    return samples
+
+async def test_metrics_count_requests_by_status_and_by_time(gate, monkeypatch):
     async def slow():
         clock.append(clock[-1] + 0.2)
 
     clock = [100.0]
     monkeypatch.setattr(taskqueue.time, "perf_counter", lambda: clock[-1])
-    async with serving() as (app, client, _):
+    async with serving(gate) as (app, client, queue):
+        queue.submit(order(delay=9))
         app.add_api_route("/slow", slow)
-        for path in ("/slow", "/slow", "/health", "/nothing"):
+        for path in ("/slow", "/slow", "/health", "/tasks/x"):
             await client.get(path)
-        numbers = (await client.get("/metrics")).json()
+        numbers = (await client.get("/metrics", headers={"Accept": "*/*"})).json()
+        texts = [await client.get("/metrics", headers={"Accept": accept}) for accept in (
+            "text/plain", "application/openmetrics-text;version=1.0.0;q=0.9,*/*;q=0.1")]
     assert (numbers["total_requests"], numbers["avg_duration_ms"]) == (4, 100.0)
     assert numbers["status_counts"] == {"200": 3, "404": 1}
     assert numbers["routes"]["GET /slow"] == {"count": 2, "avg_duration_ms": 200.0, "up_to_seconds": {"0.25": 2}}
+    for text in texts:
+        samples = parse_prometheus(text.text)
+        assert text.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert samples['taskqueue_http_requests_total{method="GET",route="/tasks/{task_id}",status="404"}'] == 1
+        buckets = [value for name, value in samples.items() if "_bucket" in name and 'route="/slow"' in name]
+        assert buckets == [0] * 7 + [2] * 5  # each holds what the smaller ones hold, too
+        assert (samples['taskqueue_tasks{status="pending"}'], samples["taskqueue_submitted_total"]) == (1, 1)
 
 async def test_metrics_raw_path_labels_are_not_used():
     """GOTCHA [raw-path-labels]: whatever a scanner tries, it makes no new series."""
@@ -928,34 +920,6 @@ async def test_metrics_stream_latency_ends_with_the_first_byte(gate, monkeypatch
             await asyncio.sleep(3600)
         counted = (await client.get("/metrics")).json()["routes"]["GET /tasks/{task_id}/stream"]
         assert (counted["count"], counted["avg_duration_ms"]) == (1, pytest.approx(0, abs=1))
-
-def parse_prometheus(text):
-    """A strict little reader of the text format 0.0.4: the samples of a metric follow its TYPE line, in one group."""
-    family, families, samples = None, [], {}
-    for line in text.removesuffix("\n").split("\n"):
-        if declared := re.fullmatch(r"# TYPE (\w+) (?:counter|gauge|histogram)", line):
-            families.append(family := declared[1])
-        else:
-            name, value = re.fullmatch(r'(\w+(?:\{(?:\w+="[^"\\\n]*",?)+\})?) (\S+)', line).groups()
-            assert re.sub("_(bucket|sum|count)$", "", name.partition("{")[0]) == family
-            assert name not in samples
-            samples[name] = float(value)
-    assert len(families) == len(set(families))
-    return samples
-
-@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text;version=1.0.0;q=0.9,*/*;q=0.1"])
-async def test_metrics_as_prometheus_text_parse(accept, gate):
-    async with serving(gate) as (_, client, queue):
-        queue.submit(order(delay=9))
-        for path in ("/health", "/tasks/x"):
-            await client.get(path)
-        answer = await client.get("/metrics", headers={"Accept": accept})
-    samples = parse_prometheus(answer.text)
-    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert samples['taskqueue_http_requests_total{method="GET",route="/tasks/{task_id}",status="404"}'] == 1
-    buckets = [value for name, value in samples.items() if "_bucket" in name and 'route="/health"' in name]
-    assert (buckets, buckets[-1]) == (sorted(buckets), 1)
-    assert (samples['taskqueue_tasks{status="pending"}'], samples["taskqueue_submitted_total"]) == (1, 1)
 
 async def test_middleware_unhandled_is_500_and_counted(caplog):
     """GOTCHA [unhandled-is-500]: the client gets JSON, and the id under which the traceback is in the log."""
@@ -980,8 +944,7 @@ async def test_middleware_base_http_middleware_is_not_in_the_way():
         await client.get("/which")
     assert seen == [asyncio.current_task()]
 
-# ======================================================================================================================
-# Page
+# ===== Page ===========================================================================================================
 # How it looks is for the eye, and for a browser. This must be so in any case:
 
 async def test_page_is_html_and_builds_none_out_of_data():
@@ -990,8 +953,7 @@ async def test_page_is_html_and_builds_none_out_of_data():
         assert (answer.headers["Content-Type"], "<title>" in answer.text) == ("text/html; charset=utf-8", True)
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", answer.text)
 
-# ======================================================================================================================
-# Routes
+# ===== Routes =========================================================================================================
 # The contract, call by call: what goes well, and what is refused. Then the streams.
 
 async def test_routes_submit_answers_202_with_the_task_and_its_place(gate):
@@ -1014,9 +976,10 @@ async def test_routes_get_shows_a_task_in_every_state(status, gate):
             "completed": ("done", None), "failed": (None, "ValueError: broken")}.get(status, (None, None))
 
 @pytest.mark.parametrize(("status", "force", "code", "detail"), [
-    ("pending", False, 200, "Task cancelled"), ("pending", True, 200, "Task cancelled"), ("running", False, 409, "running"),
-    ("running", True, 202, "Cancellation requested"), ("completed", False, 409, "completed"),
-    ("completed", True, 409, "completed"), ("failed", True, 409, "failed"), ("cancelled", True, 409, "cancelled")])
+    ("pending", False, 200, "Task cancelled"), ("pending", True, 200, "Task cancelled"),
+    ("running", False, 409, "running"), ("running", True, 202, "Cancellation requested"),
+    ("completed", False, 409, "completed"), ("completed", True, 409, "completed"),
+    ("failed", True, 409, "failed"), ("cancelled", True, 409, "cancelled")])
 async def test_routes_delete_cancels_what_may_be_cancelled(status, force, code, detail, gate):
     async with serving(gate) as (_, client, queue):
         task_id = await bring_to(status, queue, gate)
@@ -1043,14 +1006,14 @@ async def test_routes_list_filters_and_pages(gate):
 async def test_routes_list_refuses_a_bad_query(query):
     async with serving() as (_, client, _):
         answer = await client.get(f"/tasks?{query}")
-        assert (answer.status_code, strict_json(answer.text)["detail"][0]["loc"]) == (422, ["query", query.split("=")[0]])
+        assert answer.status_code == 422
+        assert strict_json(answer.text)["detail"][0]["loc"] == ["query", query.split("=")[0]]
 
-@pytest.mark.parametrize(("method", "path"), [
-    ("GET", "/tasks/x"), ("GET", "/tasks/x/stream"), ("DELETE", "/tasks/x?force=true"), ("GET", "/tasks/%00"), ("GET", "/no")])
-async def test_routes_404_after_200_cannot_happen(method, path):
+@pytest.mark.parametrize("call", ["GET /tasks/x", "GET /tasks/x/stream", "DELETE /tasks/x", "GET /tasks/%00", "GET /x"])
+async def test_routes_404_after_200_cannot_happen(call):
     """GOTCHA [404-after-200]: an unknown id is a 404 with a JSON detail, on the streams too."""
     async with serving() as (_, client, _):
-        answer = await client.request(method, path)
+        answer = await client.request(*call.split())
         assert (answer.status_code, type(answer.json()["detail"])) == (404, str)
 
 async def test_routes_await_put_is_not_how_a_full_queue_answers(gate):
@@ -1062,12 +1025,15 @@ async def test_routes_await_put_is_not_how_a_full_queue_answers(gate):
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
         assert "waiting" in answer.json()["detail"]
 
-async def test_routes_idempotency_key_makes_one_task(gate):
-    async with serving(gate) as (_, client, queue):
-        first, again, other = [await client.post("/tasks", json={"task_type": "send_email", **more}, headers={
-            "Idempotency-Key": "k"}) for more in ({}, {"priority": 5}, {"priority": 1})]
-        assert (again.status_code, again.json()["id"], queue.submitted) == (202, first.json()["id"], 1)
-        assert (other.status_code, other.json()["detail"][0]["loc"]) == (422, ["header", "Idempotency-Key"])
+async def test_routes_idempotency_key_makes_one_task_even_when_the_queue_is_full(gate):
+    async with serving(gate, max_pending=1) as (_, client, queue):
+        answers = []
+        for key, body in [("k", {}), ("k", {"priority": 5}), ("k", {"priority": 1}), ("another", {})]:
+            body |= {"task_type": "send_email", "delay": 9}
+            answers.append(await client.post("/tasks", json=body, headers={"Idempotency-Key": key}))
+        assert [answer.status_code for answer in answers] == [202, 202, 422, 503]
+        assert (answers[0].json()["id"], queue.submitted) == (answers[1].json()["id"], 1)
+        assert answers[2].json()["detail"][0]["loc"] == ["header", "Idempotency-Key"]
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
 async def test_routes_refuse_an_idempotency_key_of_odd_length(key):
@@ -1087,8 +1053,9 @@ HOSTILE = {
     "deep priority": submission(1, f', "priority": {deep(300)}'), "huge priority": submission(1, ', "priority": 1e400'),
     "huge timeout": submission(1, ', "timeout": 1e400'), "surrogate type": submission(1, r', "task_type": "\ud800"'),
     "surrogate in unknown": submission(1, r', "x": "\ud800"'), "surrogate unknown": submission(1, r', "\ud800": 1'),
-    "deep unknown": submission(1, f', "x": {deep(300)}'), "empty": b"", "null": b"null", "array": b"[]", "string": b'"x"',
-    "bare nan": b"NaN", "bare surrogate": rb'"\ud800"', "not utf-8": b'{"task_type": "\xff"}', "no json": b"task_type=x"}
+    "deep unknown": submission(1, f', "x": {deep(300)}'), "no json": b"task_type=send_email", "empty": b"",
+    "null": b"null", "array": b"[]", "string": b'"x"', "bare nan": b"NaN", "bare surrogate": rb'"\ud800"',
+    "not utf-8": b'{"task_type": "\xff"}'}
 
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 async def test_routes_echoed_input_and_hostile_bodies_break_nothing(body):
@@ -1102,7 +1069,7 @@ async def test_routes_echoed_input_and_hostile_bodies_break_nothing(body):
 
 @pytest.mark.parametrize("value", [deep(64), deep(150), r'"\u0000 \ud83d\ude00"', "1" + "0" * 400, "-0.0", '{"": {}}'])
 async def test_routes_take_an_unusual_body_that_is_fine(value, gate):
-    async with serving(gate) as (_, client, queue):
+    async with serving(gate) as (_, client, _):
         answer = await client.post("/tasks", content=submission(value), headers={"Content-Type": "application/json"})
         assert answer.status_code == 202
         await quiet()
@@ -1138,7 +1105,7 @@ async def test_routes_document_every_status_that_they_give():
         method, path = route.split()
         documented = paths[path][method]["responses"]
         assert set(statuses.split()) <= set(documented), route
-        assert all("application/json" in documented[status]["content"] for status in statuses.split() if status[0] == "4")
+        assert all("content" in documented[status] for status in statuses.split() if status.startswith("4"))
     for path in ("/tasks/{task_id}/stream", "/events"):
         assert "text/event-stream" in paths[path]["get"]["responses"]["200"]["content"]
 
@@ -1164,7 +1131,8 @@ async def test_stream_sends_each_change_live_and_ends_with_the_result(gate):
 
 async def test_stream_shows_a_retry_as_a_new_attempt_and_one_end_with_the_error(gate):
     async with serving(gate, backoff_base=0) as (app, _, queue):
-        async with Stream(app, f"/tasks/{queue.submit(order(max_retries=1)).id}/stream") as stream:
+        task = queue.submit(order(max_retries=1))
+        async with Stream(app, f"/tasks/{task.id}/stream") as stream:
             for _ in range(2):
                 await quiet()
                 gate.report["it"](40)
@@ -1177,18 +1145,17 @@ async def test_stream_shows_a_retry_as_a_new_attempt_and_one_end_with_the_error(
 
 @pytest.mark.parametrize("last_event_id", ["", "junk", "-1", "0x1", "²", "1e3", "9" * 19, "9" * 5000])
 async def test_stream_of_a_finished_task_sends_its_end_whatever_the_last_event_id(last_event_id, gate):
-    async with serving(gate) as (app, _, queue):
-        task_id = await bring_to("completed", queue, gate)
-        async with Stream(app, f"/tasks/{task_id}/stream", last_event_id) as stream:
-            assert [frame["data"]["status"] for frame in await stream.rest()] == ["completed"]
+    async with streaming(gate, "completed", last_event_id=last_event_id) as (_, stream):
+        assert [frame["data"]["status"] for frame in await stream.rest()] == ["completed"]
 
 async def test_stream_reconnect_for_ever_is_stopped_with_204(gate):
     """GOTCHA [reconnect-for-ever]: it comes back with the id of the last frame. With one before, it gets that frame."""
     async with serving(gate) as (_, client, queue):
         task_id = await bring_to("failed", queue, gate)
         last = queue.get_task(task_id).version
-        answers = [await client.get(f"/tasks/{task_id}/stream", headers={"Last-Event-ID": str(n)}) for n in (last, last - 1)]
-        assert [(answer.status_code, answer.text.count("data: ")) for answer in answers] == [(204, 0), (200, 1)]
+        for last_event_id, code, frames in (last, 204, 0), (last - 1, 200, 1):
+            answer = await client.get(f"/tasks/{task_id}/stream", headers={"Last-Event-ID": str(last_event_id)})
+            assert (answer.status_code, answer.text.count("data: ")) == (code, frames)
 
 async def test_stream_last_event_id_of_a_running_task_gets_only_what_is_newer(gate):
     async with serving(gate) as (app, _, queue):
@@ -1200,28 +1167,26 @@ async def test_stream_last_event_id_of_a_running_task_gets_only_what_is_newer(ga
 
 async def test_stream_slow_reader_gets_the_latest_state_and_no_backlog(gate):
     """GOTCHA [slow-reader]: it gets what was on its way already, and then how things stand now."""
-    async with serving(gate) as (app, _, queue):
-        async with Stream(app, f"/tasks/{await bring_to('running', queue, gate)}/stream") as stream:
-            await stream.next()
-            stream.reading.clear()
-            for percent in range(1, 51):
-                gate.report["it"](percent)
-                await quiet()
-            stream.reading.set()
-            assert [frame["data"]["progress"] for frame in await stream.take(2)] == [1, 50]
-            gate.let_go("it")
-            assert [frame["data"]["progress"] for frame in await stream.rest()] == [100]
+    async with streaming(gate, "running") as (_, stream):
+        await stream.next()
+        stream.reading.clear()
+        for percent in range(1, 51):
+            gate.report["it"](percent)
+            await quiet()
+        stream.reading.set()
+        assert [frame["data"]["progress"] for frame in await stream.take(2)] == [1, 50]
+        gate.let_go("it")
+        assert [frame["data"]["progress"] for frame in await stream.rest()] == [100]
 
 async def test_stream_drops_a_reader_that_has_stopped_reading(gate, caplog):
-    async with serving(gate, send_timeout=7) as (app, _, queue):
-        async with Stream(app, f"/tasks/{await bring_to('running', queue, gate)}/stream") as stream:
-            await stream.next()
-            stream.reading.clear()
-            gate.report["it"](50)
-            await asyncio.sleep(6.9)
-            assert queue.watchers == 1
-            await asyncio.sleep(0.2)
-            assert (queue.watchers, stream.call.done(), "stopped reading" in caplog.text) == (0, True, True)
+    async with streaming(gate, "running", send_timeout=7) as (queue, stream):
+        await stream.next()
+        stream.reading.clear()
+        gate.report["it"](50)
+        await asyncio.sleep(6.9)
+        assert queue.watchers == 1
+        await asyncio.sleep(0.2)
+        assert (queue.watchers, stream.call.done(), "stopped reading" in caplog.text) == (0, True, True)
 
 @pytest.mark.parametrize("path", ["/tasks/{}/stream", "/events"])
 async def test_stream_forgets_a_watcher_that_hangs_up(path, gate):
@@ -1247,48 +1212,43 @@ async def test_stream_never_entered_leaves_nothing_behind(path, gate):
 
 async def test_stream_404_after_200_cannot_come_from_an_eviction_either(gate):
     """GOTCHA [404-after-200]: the task was there for the route, and is gone when the response begins."""
-    async with serving(gate, keep_finished=0) as (app, _, queue):
-        async with Stream(app, f"/tasks/{await bring_to('running', queue, gate)}/stream") as stream:
-            stream.reading.clear()
-            await quiet()
-            gate.let_go("it")
-            await quiet()
-            stream.reading.set()
-            assert [frame["data"]["status"] for frame in await stream.rest()] == ["completed"]
+    async with streaming(gate, "running", keep_finished=0) as (queue, stream):
+        stream.reading.clear()
+        await quiet()
+        gate.let_go("it")
+        await quiet()
+        assert queue.evicted == 1
+        stream.reading.set()
+        assert [frame["data"]["status"] for frame in await stream.rest()] == ["completed"]
 
 async def test_stream_keeps_an_idle_connection_alive_with_comments(gate):
-    async with serving(gate, ping_seconds=4) as (app, _, queue):
-        async with Stream(app, f"/tasks/{queue.submit(order(delay=60)).id}/stream") as stream:
-            await stream.next()
-            assert list(await stream.next()) == [""]  # a line that begins with a colon, for nobody
+    async with streaming(gate, "running", ping_seconds=4) as (_, stream):
+        await stream.next()
+        assert list(await stream.next()) == [""]  # a line that begins with a colon, for nobody
         assert now() == pytest.approx(4, abs=0.001)
+
+async def test_stream_ignores_a_body_that_nobody_asked_for(gate):
+    async with serving(gate) as (app, _, _), Stream(app, "/events", body=b" " * 100_000) as stream:
+        assert (await stream.next())["event"] == "queue"
 
 @pytest.mark.parametrize("path", ["/tasks/{}/stream", "/events"])
 async def test_stream_shutdown_order_lets_streams_say_goodbye_first(path, gate, monkeypatch):
     """GOTCHA [shutdown-order]: the server was told to stop, and waits for the streams. The lifespan still runs."""
-    async with serving(gate) as (app, _, queue):
-        async with Stream(app, path.format(queue.submit(order(delay=60)).id)) as stream:
-            await stream.next()
-            monkeypatch.setattr(AppStatus, "should_exit", True)  # as sse-starlette does on the server's signal
-            assert [frame["event"] for frame in await stream.rest()][-1] == "shutdown"
-
-async def test_stream_ignores_a_body_that_nobody_asked_for(gate):
-    async with serving(gate) as (app, _, queue):
-        async with Stream(app, f"/tasks/{queue.submit(order()).id}/stream", body=b" " * 100_000) as stream:
-            assert (await stream.next())["event"] == "progress"
+    async with streaming(gate, "running", path) as (_, stream):
+        await stream.next()
+        monkeypatch.setattr(AppStatus, "should_exit", True)  # as sse-starlette does on the server's signal
+        assert [frame["event"] for frame in await stream.rest()][-1] == "shutdown"
 
 async def test_events_six_connections_are_not_needed_to_watch_many_tasks(gate):
     """GOTCHA [six-connections]: one stream follows them all, live."""
-    async with serving(gate, max_workers=10) as (app, _, queue):
-        async with Stream(app, "/events") as stream:
-            assert (await stream.next())["event"] == "queue"  # there are no tasks yet
-            ids = {queue.submit(order(str(number))).id for number in range(10)}
-            await gate.let_all_go()
-            completed = set()
-            while completed != ids:
-                frame = await stream.next()
-                if frame["data"].get("status") == "completed":
-                    completed.add(frame["data"]["id"])
+    async with serving(gate, max_workers=10) as (app, _, queue), Stream(app, "/events") as stream:
+        assert (await stream.next())["event"] == "queue"  # there are no tasks yet
+        ids, completed = {queue.submit(order(str(number))).id for number in range(10)}, set()
+        await gate.let_all_go()
+        while completed != ids:
+            frame = await stream.next()
+            if frame["data"].get("status") == "completed":
+                completed.add(frame["data"]["id"])
 
 async def test_events_begin_with_the_latest_tasks_oldest_first_and_without_payload(gate):
     async with serving(gate) as (app, _, queue):
@@ -1310,23 +1270,21 @@ async def test_events_resume_after_the_last_event_id_or_begin_anew_if_it_is_junk
 
 async def test_events_slow_reader_gets_each_task_in_its_latest_state(gate):
     """GOTCHA [slow-reader]: it gets what was on its way already, and then each task once."""
-    async with serving(gate) as (app, _, queue):
-        async with Stream(app, "/events") as stream:
-            await stream.next()
-            stream.reading.clear()
-            ids = [queue.submit(order(str(number))).id for number in range(3)]
-            for percent in range(1, 51):
-                await quiet()
-                for name in gate.held:
-                    gate.report[name](percent)
+    async with serving(gate) as (app, _, queue), Stream(app, "/events") as stream:
+        await stream.next()
+        stream.reading.clear()
+        ids = [queue.submit(order(str(number))).id for number in range(3)]
+        for percent in range(1, 51):
             await quiet()
-            stream.reading.set()
-            frames = await stream.take(8)  # the three as submitted, the counts; the same again as they are now
+            for name in gate.held:
+                gate.report[name](percent)
+        await quiet()
+        stream.reading.set()
+        frames = await stream.take(8)  # the three as submitted, the counts; the same again as they are now
     latest = [(frame["data"]["id"], frame["data"]["progress"]) for frame in frames[4:7]]
     assert latest == [(task_id, 50) for task_id in ids]
 
-# ======================================================================================================================
-# App
+# ===== App ============================================================================================================
 # Apps side by side, what an import does, and what the file says about itself.
 
 async def test_app_has_a_queue_and_metrics_of_its_own(gate):
@@ -1355,8 +1313,7 @@ def test_app_inline_metadata_equals_the_requirements():
     assert metadata["dependencies"] == (HERE / "requirements.txt").read_text(encoding="utf-8").split()
     assert metadata["requires-python"] == ">=3.11"
 
-# ======================================================================================================================
-# Demo
+# ===== Demo ===========================================================================================================
 # A real server, in a process of its own: signals, sockets and sse-starlette's AppStatus belong to a whole process.
 
 @contextlib.contextmanager
@@ -1391,7 +1348,7 @@ def end(process):
     return process.returncode, re.findall("Traceback|ERROR|CRITICAL", output)
 
 @posix_only
-@pytest.mark.parametrize("task_type", ["resize_image", "generate_report"])  # the second: a thread, which can't be stopped
+@pytest.mark.parametrize("task_type", ["resize_image", "generate_report"])  # the latter in a thread that can't stop
 def test_demo_ctrl_c_ends_open_streams_cleanly_and_then_itself(task_type):
     with demo("--no-tour", "--pace", "1000", "--drain-seconds", "0") as (process, client):
         with watching(client, task_type) as lines, client.stream("GET", "/events") as events:
@@ -1434,7 +1391,8 @@ def test_demo_once_takes_the_tour_and_exits_with_0():
 def test_demo_port_in_use_is_one_clear_line_and_exit_1():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, output, errors = run_demo("--port", str(taken.getsockname()[1]))
-    assert (status, output, errors.count("\n"), "Can't listen" in errors) == (1, "", 1, True)
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("Can't listen on 127.0.0.1:")
 
 def test_demo_has_a_flag_for_each_setting_and_checks_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["taskqueue.py", "--help"])
