@@ -129,7 +129,7 @@ async def serving(handle=None, **knobs):
 
 async def until(queue, task_id, condition=lambda state: state.status in FINAL):
     """Watch a task until it is so; return its state then."""
-    async with asyncio.timeout(10), contextlib.aclosing(queue.watch(task_id)) as states:
+    async with asyncio.timeout(5), contextlib.aclosing(queue.watch(task_id)) as states:
         async for state in states:
             if condition(state):
                 return state
@@ -464,11 +464,11 @@ async def test_simulated_handlers_report_rising_progress_up_to_100(task_type):
 
 async def test_simulated_handlers_keep_the_pace_and_the_failure_rate_that_are_set():
     for failure_rate, status in (0, "completed"), (1, "failed"):
-        async with TaskQueue(Settings(failure_rate=failure_rate, pace=3)) as queue:
+        async with TaskQueue(Settings(failure_rate=failure_rate, pace=2)) as queue:
             state = await until(queue, queue.submit(TaskSubmission(task_type="resize_image")).id)
             assert state.status == status
     assert state.error.startswith("RuntimeError: simulated failure while ")
-    assert 4 * 0.5 * 3 < now() <= 2 * 4 * 0.5 * 3  # four stages of half a second; the second task fails after one
+    assert 4 * 0.5 * 2 < now() <= 2 * 4 * 0.5 * 2  # four stages of half a second; the second task fails after one
 
 # ===== Workers ========================================================================================================
 # Slots, order, attempts, time, and every way for an attempt to end.
@@ -512,9 +512,9 @@ async def test_workers_retry_until_an_attempt_succeeds(monkeypatch):
 
     started = []
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
-    state = await outcome(handle, {"backoff_base": 2}, max_retries=5)
+    state = await outcome(handle, {"backoff_base": 1}, max_retries=5)
     assert (state.status, state.attempt, state.result, state.error) == ("completed", 3, "at last", None)
-    assert started == pytest.approx([0, 2, 6], abs=0.001)  # 2 s of backoff, then 4
+    assert started == pytest.approx([0, 1, 3], abs=0.001)  # 1 s of backoff, then 2
 
 async def test_workers_backoff_holds_slot_of_nobody(gate, monkeypatch):
     """GOTCHA [backoff-holds-slot]: while one task waits for its next attempt, another runs."""
@@ -545,9 +545,9 @@ def test_backoff_doubles_up_to_its_cap_with_full_jitter(monkeypatch):
 async def test_workers_stop_an_attempt_at_its_timeout_and_retry_it(gate):
     async with running(gate, backoff_base=0) as queue:
         queue.submit(order("longer", timeout=50))
-        state = await until(queue, queue.submit(order(timeout=3, max_retries=1)).id)
-        assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 3 s")
-        assert (list(gate.held), now()) == (["longer"], pytest.approx(6, abs=0.001))
+        state = await until(queue, queue.submit(order(timeout=2, max_retries=1)).id)
+        assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 2 s")
+        assert (list(gate.held), now()) == (["longer"], pytest.approx(4, abs=0.001))
 
 @pytest.mark.parametrize("reaction", ["lets go", "raises another error", "returns all the same", "takes its time"])
 @pytest.mark.parametrize(("causes", "status", "error"), [
@@ -638,8 +638,8 @@ circle = []
 circle.append(circle)
 
 @pytest.mark.parametrize("result", [
-    math.nan, [-math.inf], "\ud800", {"\ud800": 1}, object(), print, 10**5000, json.loads(deep(400)), circle],
-    ids=lambda value: type(value).__name__)
+    math.nan, [-math.inf], "\ud800", {"\ud800": 1}, object(), print, iter([1]), 10**5000, circle,
+    json.loads(deep(400))], ids=lambda value: type(value).__name__)
 async def test_workers_bad_result_fails_its_task_and_spoils_nothing(result):
     """GOTCHA [bad-result]: it would be in everybody's list of tasks."""
     async def handle(payload, update_progress):
@@ -756,7 +756,8 @@ async def test_shutdown_leaves_a_handler_behind_that_ignores_it(caplog):
     async with running(handle, drain_seconds=5) as queue:
         task = queue.submit(order())
         await quiet()
-    assert (now(), f"task {task.id} ignores" in caplog.text) == (pytest.approx(5.3, abs=0.001), True)
+    assert now() == pytest.approx(5 + TaskQueue.STUBBORN_SECONDS, abs=0.001)
+    assert f"task {task.id} ignores its cancellation" in caplog.text
     let_go.set()
     await quiet()
     assert queue.get_task(task.id).status == "cancelled"
