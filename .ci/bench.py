@@ -387,7 +387,7 @@ def http(tq: Any, path: str) -> None:
 
 # == streams: the server's CPU for one delivered frame, and the memory of a stream that waits ==========================
 
-LIVE, IDLE, SECONDS = 500, 2_000, 4.0
+LIVE, IDLE, SECONDS = 500, 2_000, 3.0
 
 
 def open_streams(client: Client, task_id: str, count: int) -> list[socket.socket]:
@@ -440,7 +440,7 @@ def streams(tq: Any, path: str) -> None:
     used: dict[str, list[float]] = {"taskqueue": [], "bare": []}
     arrived: dict[str, list[float]] = {"taskqueue": [], "bare": []}
     memory: dict[str, float] = {}
-    for _, name in itertools.product(range(5), used):
+    for _, name in itertools.product(range(7), used):
         with Client(path, name) as client:
             order = post_task(task_type="resize_image", max_retries=10)
             cpu, frames = live_frame_cpu(client, client.drive(order, 1, connections=1)["id"])
