@@ -5,7 +5,7 @@
 # ///
 """An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
 
-The life of one task, from the request that submits it to the last frame of its stream:
+The life of one task, from its request to the last frame of its stream:
 
     POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
                     refuses bad input     │         best first         delay and    │
@@ -33,8 +33,8 @@ Read it top to bottom; no section needs to know those below it:
 
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
 
-Three kinds of comment stand out. `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this
-very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` says what production would do instead.
+`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
+test of that name. `SIMPLIFIED` says what production would do instead.
 
     python taskqueue.py               the live demo: a server and a guided tour
     uvicorn taskqueue:app --reload    the service alone
@@ -42,7 +42,7 @@ very line prevents, and test_taskqueue.py has a test of that name. `SIMPLIFIED` 
 """
 
 import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time, traceback
+import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
@@ -65,11 +65,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
 
-# ======================================================================================================================
-# Settings
-# Every knob in one place, with its unit, range and default. The object is frozen, so whoever holds it may rely on it;
-# nothing below reads the environment or a global, so two apps with different settings can live in one process, as the
-# tests do. The demo's flags are made from this class: that is what the descriptions are for.
+# ===== Settings =======================================================================================================
+# Every knob in one place, with its unit, range and default. The object is frozen, and nothing below reads a global: two
+# apps with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Settings:
@@ -87,11 +85,9 @@ class Settings:
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
-# ======================================================================================================================
-# Models                                                                                                course module 02
+# ===== Models ================================================================================== course module 02 =====
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
-# door, with the place and the reason, so that no later section has to doubt what it is given. Nothing here knows of a
-# queue, a worker or a route.
+# door, with the place and the reason, and no later section has to doubt what it gets. Nothing here knows of a queue.
 
 class TaskType(StrEnum):
     """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
@@ -171,7 +167,6 @@ class TaskSubmission(BaseModel):
 
 class TaskStatus(BaseModel):
     """A picture of a task at one moment.
-
     WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
     is handed out must not change in the reader's hands."""
 
@@ -208,7 +203,6 @@ class TaskStatus(BaseModel):
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
     """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
-
     No event may be named "error": under that name EventSource reports a lost connection."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
@@ -217,8 +211,7 @@ class TaskList(BaseModel):
     tasks: list[TaskStatus]
     total: int = Field(description="every match, not just this page")
 
-# ======================================================================================================================
-# Queue                                                                                                 course module 05
+# ===== Queue =================================================================================== course module 05 =====
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
 # `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
 # this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
@@ -282,7 +275,6 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
 
 class Shelf:
     """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
-
     Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
     numbers, and only the blocks that a page shows are sorted."""
     BLOCK = 2048
@@ -336,14 +328,13 @@ class TaskStore:
         self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
 
     # -- what callers use
-
-    def submit(self, submission: TaskSubmission, *, request_id: str | None = None,
+    def submit(self, submission: TaskSubmission, request_id: str | None = None,
                idempotency_key: str | None = None) -> TaskStatus:
-        """Take in a task and return its first status, or the status of the task that this key has made before.
-
+        """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
-        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
-        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
+        key = idempotency_key
+        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if key else b""
+        if key and (earlier := self._keys.get(key)):
             if earlier[1] != fingerprint:
                 raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
             return TaskStatus.model_validate(earlier[0])
@@ -354,13 +345,12 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, idempotency_key,
-                    submission.task_type, submission.priority, submission.payload, submission.max_retries,
-                    submission.timeout)
+        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, key, submission.task_type,
+                    submission.priority, submission.payload, submission.max_retries, submission.timeout)
         self._all.add(task)
         self._shelves[Status.PENDING].add(task)
-        if idempotency_key:
-            self._keys[idempotency_key] = task, fingerprint
+        if key:
+            self._keys[key] = task, fingerprint
         self._schedule(task, submission.delay)
         self._changed(task)
         return TaskStatus.model_validate(task)
@@ -369,8 +359,8 @@ class TaskStore:
         """The task as it is now. Raises TaskNotFound."""
         return TaskStatus.model_validate(self._find(task_id))
 
-    def list_tasks(self, status: Status | None = None, limit: int = 100,
-                   offset: int = 0) -> tuple[list[TaskStatus], int]:
+    def list_tasks(
+            self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
         shelf = self._all if status is None else self._shelves[status]
         return [TaskStatus.model_validate(task) for task in shelf.page(limit, offset)], len(shelf)
@@ -379,15 +369,13 @@ class TaskStore:
         return len(self._shelves[status])
 
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
-        """Cancel a waiting task at once; with `force`, ask a running one to stop.
-
-        That one is `cancelled` once its handler has let go, and returned as `running` until then. Raises TaskNotFound,
-        and TaskNotCancellable."""
+        """Cancel a waiting task at once; with `force`, ask a running one to stop. It is `running` until its handler has
+        let go, and so it is returned here. Raises TaskNotFound, and TaskNotCancellable."""
         task = self._find(task_id)
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
-            # until it is popped, where `_next_ready` skips it. But while the workers are busy nothing is popped: submit
+            # until it is popped, where `worker_loop` skips it. But while the workers are busy nothing is popped: submit
             # and cancel all day, and memory is full. So the dead are swept out once they are a tenth of the heap.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
@@ -398,13 +386,13 @@ class TaskStore:
         return TaskStatus.model_validate(task)
 
     # -- watching
+    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
+        """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
+        final one, or until the queue stops. Raises TaskNotFound, and at once."""
+        return self._watch(self._find(task_id), last_event_id)
 
-    async def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
-        """Yield the task's states after version `last_event_id`: the present one, then each as it comes.
-
-        Ends after the final state, or when the queue stops. Raises TaskNotFound, at its first step."""
-        task = self._find(task_id)
-        sent = last_event_id if last_event_id <= task.version else 0  # junk, if the task never had that version
+    async def _watch(self, task: Task, sent: int) -> AsyncIterator[TaskStatus]:
+        sent = sent if sent <= task.version else 0  # junk, if the task never had that version
         # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
         # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
         self.watchers += 1
@@ -427,7 +415,6 @@ class TaskStore:
 
     async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
-
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
@@ -466,7 +453,6 @@ class TaskStore:
             self._wake(of)
 
     # -- the owners of the facts
-
     def _find(self, task_id: str) -> Task:
         if task := self._tasks.get(task_id):
             return task
@@ -490,8 +476,7 @@ class TaskStore:
 
     def _schedule(self, task: Task, delay: float) -> None:
         """Put the task into the ready heap, now or `delay` seconds later."""
-        # GOTCHA [retry-keeps-priority]: a retry comes back under its old priority and sequence, to the place where it
-        # stood, and not behind all that came since.
+        # GOTCHA [retry-keeps-priority]: a retry must come back to where it stood, not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
             task.not_before = time.time() + delay
@@ -532,20 +517,19 @@ class TaskStore:
 
     def _stop(self, task: Task, cause: StopCause) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
-
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
         # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause in (None, "timeout"):
-            task.stop_cause = cause
+        if task.run and task.stop_cause is None:
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
+        if task.stop_cause in (None, "timeout"):
+            task.stop_cause = cause
 
-# ======================================================================================================================
-# Handlers                                                                                              course module 05
+# ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
 # in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
 # plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
@@ -571,7 +555,6 @@ def handler(task_type: TaskType) -> Callable[[AnyHandler], AnyHandler]:
 async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
                        handlers: Mapping[TaskType, Handler] | None = None) -> Any:
     """Call the handler of `task_type` and return its result; a plain dict is validated first.
-
     Raises ValidationError for such a dict, LookupError if there is no handler, and what the handler raises."""
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
@@ -584,11 +567,9 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
-
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
-    WHY not `asyncio.to_thread()`: its few threads are shared, and Python joins them when it exits, so one handler that
-    never returns would make Ctrl-C hang for ever."""
+    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -612,6 +593,8 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
         except asyncio.CancelledError:
+            if stopped.is_set():
+                raise  # a second time: the event loop itself is closing, and leaves the thread behind
             stopped.set()
     result, error = ended.result()
     if error is not None:
@@ -656,26 +639,26 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
         update_progress(percent)
     return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
 
-# ======================================================================================================================
-# Workers                                                                                               course module 05
+# ===== Workers ================================================================================= course module 05 =====
 # Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
-# and whatever its end, `_settle` deals with it. A slot is taken in `worker_loop` and given back in `_settle`. The
-# section knows nothing of HTTP.
+# and whatever its end, `_settle` deals with it: there the slot is given back that `worker_loop` took. No HTTP here.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
     """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
-
     With base 0.5 and cap 30, at most 0.5, 1, 2, 4, 8, 16, 30, 30 … Random over the whole range, so that tasks that
     failed together don't come back together (Brooker, "Exponential Backoff And Jitter", AWS, 2015)."""
     return random.uniform(0, min(settings.backoff_cap, settings.backoff_base * 2 ** (attempt - 1)))
 
 def describe(error: BaseException) -> str:
     """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
-    return "".join(traceback.format_exception_only(error)).strip()[:1000].encode(errors="replace").decode()
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except BaseException:  # its own __str__ can raise anything too
+        text = type(error).__name__
+    return text[:1000].encode(errors="replace").decode()
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
-
     Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
     what has not ended by then ends as `cancelled`."""
     STUBBORN_SECONDS = 0.3  # how long a stop waits for handlers that ignore their cancellation
@@ -732,22 +715,18 @@ class TaskQueue(TaskStore):
         """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
-            # GOTCHA [slot-before-get]: take the task first and then wait for a slot, and there is always one in hand
-            # already: a LOW that runs before the HIGH that came while it waited. Under load, when priority matters,
-            # none is left.
+            # GOTCHA [slot-before-get]: take the task first, then wait for a slot, and one is always in hand: a LOW that
+            # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
             await self._slots.acquire()
             try:
-                task = await self._next_ready()
+                _, _, task = await self._ready.get()
             except BaseException:
                 self._slots.release()
                 raise
-            self._start(task)
-
-    async def _next_ready(self) -> Task:
-        while True:
-            _, _, task = await self._ready.get()
             if task.status is Status.PENDING:
-                return task
+                self._start(task)
+            else:
+                self._slots.release()  # it was cancelled while it waited
 
     def _start(self, task: Task) -> None:
         task.attempt += 1
@@ -762,7 +741,6 @@ class TaskQueue(TaskStore):
 
     def _check_deadlines(self) -> None:
         """Stop the attempts that are past their deadline, and set the alarm for the next one.
-
         WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
         running, now = self._shelves[Status.RUNNING].page(), self._loop.time()
         for task in running:
@@ -823,8 +801,7 @@ class TaskQueue(TaskStore):
         logger.info("[%s] task %s (%s) attempt %d: %s %a", task.request_id, task.id, task.task_type, task.attempt,
                     task.status, task.error)
 
-# ======================================================================================================================
-# Middleware                                                                                            course module 07
+# ===== Middleware ============================================================================== course module 07 =====
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
@@ -837,7 +814,6 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class Metrics:
     """Counts the requests to each route, and how long they took.
-
     GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
     templates are few. A method is a client's free text too."""
 
@@ -937,8 +913,7 @@ class RequestMiddleware:
         # %a again: a path with %0A in it can't begin a log line of its own.
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
-# ======================================================================================================================
-# Page
+# ===== Page ===========================================================================================================
 # GET / for now: a way to the interactive documentation.
 
 PAGE = """<!doctype html>
@@ -946,8 +921,7 @@ PAGE = """<!doctype html>
 <h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
 """
 
-# ======================================================================================================================
-# Routes                                                                                                course module 07
+# ===== Routes ================================================================================== course module 07 =====
 # The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
 # exceptions become status codes in one table, so a route is only about what goes well.
 
@@ -958,7 +932,7 @@ HTTP_STATUS: dict[type[QueueError], int] = {
 class Problem(BaseModel):
     detail: str
 
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
 ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
     404: {"model": Problem, "description": "No task has this id"},
@@ -978,8 +952,7 @@ async def submit_task(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
     """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
-    status = queue_of(request).submit(
-        submission, request_id=request.state.request_id, idempotency_key=idempotency_key)
+    status = queue_of(request).submit(submission, request.state.request_id, idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
 
@@ -1023,7 +996,6 @@ def event_id(text: str) -> int:
     404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
 async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
-
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
@@ -1032,11 +1004,11 @@ async def stream_task(task_id: str, request: Request, last_event_id: LastEventId
     status = queue.get_task(task_id)
     if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
-    return event_stream(queue, task_frames(queue, task_id, sent))
+    return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
-async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterator[bytes]:
+async def task_frames(states: AsyncIterator[TaskStatus]) -> AsyncIterator[bytes]:
     status = None
-    async for status in queue.watch(task_id, sent):
+    async for status in states:
         yield status.progress_frame
     if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
@@ -1044,7 +1016,6 @@ async def task_frames(queue: TaskQueue, task_id: str, sent: int) -> AsyncIterato
 @router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
 async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
-
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
     queue = queue_of(request)
@@ -1077,9 +1048,9 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
     queue = queue_of(request)
     if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
         return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
-    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge", "# TYPE taskqueue_submitted_total counter",
+    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge",
              *(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}' for status in Status),
-             f"taskqueue_submitted_total {queue.submitted}"]
+             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -1094,7 +1065,6 @@ async def answer_queue_error(_: Request, error: Exception) -> Response:
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
     """422 with the place and the reason of each error.
-
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
     the answer can't be encoded, and the client's mistake becomes our 500."""
     assert isinstance(error, RequestValidationError)
@@ -1102,8 +1072,7 @@ async def answer_invalid(_: Request, error: Exception) -> Response:
     body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
     return Response(body, 422, media_type="application/json")
 
-# ======================================================================================================================
-# App                                                                                                   course module 05
+# ===== App ===================================================================================== course module 05 =====
 # Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
 # what must be made inside the event loop, and must be stopped.
 
@@ -1133,22 +1102,22 @@ def warn_of_more_processes() -> None:
 
 app = create_app()
 
-# ======================================================================================================================
-# Demo
+# ===== Demo ===========================================================================================================
 # `python taskqueue.py` serves the app above, and then uses it as any client would: over HTTP, with httpx. Each step of
 # the tour says what it shows, and checks that it is so.
 
+@dataclass
 class Tour:
-    def __init__(self, client: httpx.AsyncClient, workers: int) -> None:
-        self.client, self.workers, self.failed = client, workers, 0
+    client: httpx.AsyncClient
+    workers: int
+    failed: int = 0
 
     async def run(self) -> bool:
         """Take all steps; return whether everything held that they claim."""
-        steps = (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers)
-        for number, step in enumerate(steps, start=1):
-            print(f"\n{number}. {step.__doc__}", flush=True)
+        for step in (self.progress, self.concurrency, self.priority, self.failure, self.cancelling, self.numbers):
+            print(f"\n{step.__doc__}", flush=True)
             await step()
-        print(f"\n{self.failed} claims did not hold" if self.failed else "\nEvery claim held.", flush=True)
+        print(f"\n{self.failed} claims did not hold." if self.failed else "\nEvery claim held.", flush=True)
         return not self.failed
 
     def check(self, holds: bool, claim: str) -> None:
@@ -1220,26 +1189,13 @@ class Tour:
         self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops whatever its clients do.
-
-    uvicorn itself waits until every response is sent, and to a client that has stopped reading that is for ever. Here,
-    what is left a second after the first signal is cut off, and a second signal ends the process at once."""
-
+    """A second Ctrl-C ends the process at once, whatever it is waiting for."""
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(1, self.cut_off)
-        await super().shutdown(sockets)
-        timer.cancel()
-
-    def cut_off(self) -> None:
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
-async def demo(server: Server, url: str, settings: Settings, tour: bool, once: bool) -> bool:
+async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -> bool:
     """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether its claims held."""
     serving = asyncio.create_task(server.serve())
     while not server.started and not serving.done():
@@ -1248,16 +1204,24 @@ async def demo(server: Server, url: str, settings: Settings, tour: bool, once: b
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.setLevel(logging.ERROR if tour else logging.INFO)  # the log would drown the tour
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        touring = asyncio.create_task(Tour(client, settings.max_workers).run() if tour else asyncio.sleep(0, True))
-        await asyncio.wait([serving, touring], return_when=asyncio.FIRST_COMPLETED)
-        touring.cancel()  # does nothing if it has ended
+        touring = asyncio.create_task(Tour(client, workers).run() if tour else asyncio.sleep(0, True))
+        while not touring.done() and not server.should_exit:
+            await asyncio.sleep(0.02)
+        interrupted = touring.cancel() or server.should_exit  # cancel() says whether there was anything to cancel
         await asyncio.wait([touring])
     logger.setLevel(logging.INFO)
-    server.should_exit = server.should_exit or once
-    if not server.should_exit:
+    if not once and not interrupted:
         print("\nServing on; Ctrl-C stops it.", flush=True)
+    while not server.should_exit:
+        server.should_exit = once
+        await asyncio.sleep(0.02)
+    # uvicorn waits until every response is sent; to a client that has stopped reading, that is for ever.
+    def cut_off() -> None:
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+    asyncio.get_running_loop().call_later(1, cut_off)
     await serving
-    return not touring.cancelled() and touring.result()
+    return not interrupted and touring.result()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
@@ -1280,7 +1244,7 @@ def main() -> None:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     with contextlib.suppress(KeyboardInterrupt):
-        held = asyncio.run(demo(server, f"http://{host}:{port}", settings, not args.no_tour, args.once))
+        held = asyncio.run(demo(server, f"http://{host}:{port}", settings.max_workers, not args.no_tour, args.once))
         sys.exit(0 if held else 1)
 
 if __name__ == "__main__":
