@@ -41,9 +41,11 @@ class Service:
         wait_until(self.answers, "listening")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if kind and not issubclass(kind, KeyboardInterrupt):
-            print(f"--- the end of the log of {' '.join(self.command[1:])}\n{self.log[-5000:]}\n---", file=sys.stderr)
+            tail = "\n".join(self.log.splitlines()[-20:])
+            print(f"--- the end of the log of {' '.join(self.command[1:])}\n{tail}\n---", file=sys.stderr)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -88,7 +90,8 @@ class Service:
     @property
     def trouble(self) -> list[str]:
         """The lines of the log that no run may have."""
-        return [line for line in self.log.splitlines() if re.search("Traceback|ERROR|CRITICAL|never (awaited|retrieved)", line)]
+        bad = re.compile("Traceback|ERROR|CRITICAL|was never (awaited|retrieved)|was destroyed")
+        return [line for line in self.log.splitlines() if bad.search(line)]
 
     def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 30) -> tuple[int, float]:
         """Send a signal, wait for the end; return the exit code and how long that took."""

@@ -31,9 +31,12 @@ def others_are_unharmed(ctx: Any, response: Any, case: Any) -> None:
         strict_json(answer.content)
 
 @schemathesis.hook
-def map_headers(ctx: Any, headers: Any) -> Any:
-    """A key of its own for each request: one that was used before is a 422, whatever the schema says of the rest."""
-    for name in headers or {}:
-        if name.lower() == "idempotency-key" and isinstance(headers[name], str) and 0 < len(headers[name]) < 200:
-            headers[name] += f"-{uuid.uuid4()}"
-    return headers
+def before_call(ctx: Any, case: Any, kwargs: Any) -> None:
+    """Mend what the document can't say, and what would be refused in spite of it."""
+    for name, value in list((case.headers or {}).items()):  # a key that came with another body is a 422
+        if name.lower() == "idempotency-key" and isinstance(value, str) and 0 < len(value) < 200:
+            case.headers[name] = f"{value}-{uuid.uuid4()}"
+    if isinstance(case.body, dict):  # to JSON Schema, 1.0 is an integer
+        for name in ("priority", "max_retries"):
+            if isinstance(value := case.body.get(name), float) and value.is_integer():
+                case.body[name] = int(value)

@@ -31,8 +31,10 @@ def with_payload(text: str) -> str:
     return '{"task_type": "send_email", "delay": 0, "payload": {"x": ' + text + "}}"
 
 NASTY_VALUES = [
-    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400, "1" + "0" * 5000, "1e-400", "-0", "-0.0", "1.0", "1e0",
-    "true", "null", "[]", "{}", '""', '"1"', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', '"\\ud83d\\ude00"', '"\u2028"', "01", "0x1",
+    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400, "1" + "0" * 5000, "1e-400", "-0", "-0.0",
+    "1.0", "1e0",
+    "true", "null", "[]", "{}", '""', '"1"', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', '"\\ud83d\\ude00"',
+    '"\u2028"', "01", "0x1",
     "+1", ".5", "5.", "'x'", "undefined", "--1", '"' + "x" * 5000 + '"', "18446744073709551616", "0.1e-1", '"\x01"',
     '"__class__"', '{"__proto__": {"a": 1}}', '{"\\ud800": 1}', '{"": ""}', '{"a": 1, "a": 2}']
 
@@ -45,17 +47,19 @@ def bodies() -> Iterator[bytes]:
         yield value.encode()
         yield with_payload(value).encode()
         yield with_payload(f"[{value}, {value}]").encode()
-        yield (json.dumps(VALID)[:-1] + f', {value if value[0] == chr(34) else chr(34) + "more" + chr(34)}: 1}}').encode()
+        yield (json.dumps(VALID)[:-1] + ", " + (value if value[0] == '"' else '"more"') + ": 1}").encode()
         for field in ("url", "width", "height"):
             yield f'{{"task_type": "resize_image", "payload": {{"{field}": {value}}}}}'.encode()
-    for levels in [*range(1, 300), 400, 500, 900, 1000, 5000, 20_000]:  # somewhere in there are the limits of all parsers
+    for levels in [*range(1, 300), 400, 500, 900, 1000, 5000, 20_000]:  # in there are the limits of all parsers
         yield with_payload(nested(levels)).encode()
         if levels % 5 == 0:
             yield with_payload(nested(levels, '{"a":[', "]}")).encode()
     yield from (nested(30_000).encode(), nested(9_000, '{"a":', "}").encode(), b"[" * 60_000)
     good = json.dumps(VALID).encode()
-    yield from (b"", b" ", b"\0", b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"), good.decode().encode("utf-32"), good[:-1],
-                good + b"}", good + good, good + b"\0", b"\xff\xfe\xfd", good.replace(b"u", b"\xff"), good.replace(b"u", b"\xed\xa0\x80"),
+    yield from (b"", b" ", b"\0", b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"),
+                good.decode().encode("utf-32"), good[:-1],
+                good + b"}", good + good, good + b"\0", b"\xff\xfe\xfd", good.replace(b"u", b"\xff"),
+                good.replace(b"u", b"\xed\xa0\x80"),
                 b"task_type=resize_image", b"<xml/>", b"/* */" + good, good.replace(b" ", b"\r\n\t"))
     for size in (65_535, 65_536, 65_537, 70_000, 500_000):
         yield good + b" " * (size - len(good))
@@ -90,17 +94,21 @@ def post(body: bytes, *headers: bytes, content_type: bytes | None = b"applicatio
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 def get(target: bytes, *headers: bytes, method: bytes = b"GET") -> bytes:
-    return b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: x", b"Connection: close", *headers]) + b"\r\n\r\n"
+    return b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: x", b"Connection: close",
+                         *headers]) + b"\r\n\r\n"
 
 def with_headers(task: bytes) -> Iterator[bytes]:
     good = json.dumps(VALID).encode()
-    for value in (b"", b" ", b"a", b"x" * 64, b"x" * 65, b"x" * 8000, b"a b", b"\xff\xfe", b"a\tb", b"<script>", b"%0a%0d", b"../..",
+    for value in (b"", b" ", b"a", b"x" * 64, b"x" * 65, b"x" * 8000, b"a b", b"\xff\xfe", b"a\tb", b"<script>",
+                  b"%0a%0d", b"../..",
                   b'"', b"a,b", b"\xe2\x80\xa8", b"1\x01", b"-" * 64, b"\x85forged"):
-        for name in (b"X-Request-ID", b"Idempotency-Key", b"Last-Event-ID", b"Accept", b"Content-Type", b"User-Agent", b"Origin"):
+        for name in (b"X-Request-ID", b"Idempotency-Key", b"Last-Event-ID", b"Accept", b"Content-Type", b"User-Agent",
+                     b"Origin"):
             yield post(good, name + b": " + value)
             yield get(b"/tasks/" + task, name + b": " + value)
             yield get(b"/metrics", name + b": " + value)
-    for value in (b"-1", b"0", b"1", b"00", b"9" * 19, b"9" * 20, b"9" * 4300, b"9" * 4301, b"1.0", b"1e3", b" 7", b"+7", b"0x7", b"\xb2",
+    for value in (b"-1", b"0", b"1", b"00", b"9" * 19, b"9" * 20, b"9" * 4300, b"9" * 4301, b"1.0", b"1e3", b" 7",
+                  b"+7", b"0x7", b"\xb2",
                   b"1_000", b"\xd9\xa1", b"null", b"NaN", b"1,2", b"18446744073709551616"):
         for target in (b"/events", b"/tasks/" + task + b"/stream"):
             yield get(target, b"Last-Event-ID: " + value)
@@ -109,19 +117,25 @@ def with_headers(task: bytes) -> Iterator[bytes]:
         yield post(good, b"Idempotency-Key: " + value)
     yield post(good, b"Idempotency-Key: k1", b"Idempotency-Key: k2")
     yield post(json.dumps({**VALID, "priority": 1}).encode(), b"Idempotency-Key: k1")
-    for content_type in (None, b"", b"text/plain", b"application/JSON", b"application/json; charset=utf-16", b"application/json; charset=\xff",
-                         b"application/json;;;", b"application/problem+json", b"multipart/form-data", b"multipart/form-data; boundary=x",
+    for content_type in (None, b"", b"text/plain", b"application/JSON", b"application/json; charset=utf-16",
+                         b"application/json; charset=\xff",
+                         b"application/json;;;", b"application/problem+json", b"multipart/form-data",
+                         b"multipart/form-data; boundary=x",
                          b"application/x-www-form-urlencoded", b"*/*", b"application/octet-stream", b"x" * 5000):
         yield post(good, content_type=content_type)
         yield post(b"\xff" * 100, content_type=content_type)
     for encoding in (b"gzip", b"deflate", b"br", b"x" * 300):
         yield post(good, b"Content-Encoding: " + encoding)
-    for accept in (b"text/plain", b"application/openmetrics-text; version=1.0.0", b"text/plain;q=0, application/json", b"*/*", b"text/*", b"TEXT/PLAIN",
+    for accept in (b"text/plain", b"application/openmetrics-text; version=1.0.0", b"text/plain;q=0, application/json",
+                   b"*/*", b"text/*", b"TEXT/PLAIN",
                    b"\xff", b"application/xml", b"text/plain, " * 500):
         yield get(b"/metrics", b"Accept: " + accept)
-    for header in (b"Expect: 100-continue", b"Expect: nonsense", b"Upgrade: websocket", b"Upgrade: h2c", b"Range: bytes=0-1", b"If-None-Match: *",
-                   b"Cookie: " + b"a=b;" * 1000, b"X-Forwarded-For: evil\tname", b"X-Forwarded-Proto: \xff", b"Host: y", b"Transfer-Encoding: identity",
-                   b"Connection: upgrade", b"TE: trailers", b"Content-Length: 5", b"Content-Length: -5", b"Content-Length: 1e3"):
+    for header in (b"Expect: 100-continue", b"Expect: nonsense", b"Upgrade: websocket", b"Upgrade: h2c",
+                   b"Range: bytes=0-1", b"If-None-Match: *",
+                   b"Cookie: " + b"a=b;" * 1000, b"X-Forwarded-For: evil\tname", b"X-Forwarded-Proto: \xff",
+                   b"Host: y", b"Transfer-Encoding: identity",
+                   b"Connection: upgrade", b"TE: trailers", b"Content-Length: 5", b"Content-Length: -5",
+                   b"Content-Length: 1e3"):
         yield get(b"/tasks", header)
         yield get(b"/events", header)
     yield get(b"/tasks", *(b"X-%d: y" % n for n in range(90)))
@@ -145,7 +159,8 @@ def unfinished() -> Iterator[bytes]:
     yield get(b"/events", b"Content-Length: 70000") + b"x"
 
 def targets(task: bytes) -> Iterator[bytes]:
-    numbers = (b"0", b"1", b"-1", b"1000", b"1001", b"1e3", b"1.0", b"1_0", b"+5", b"%2B5", b"0x1", b"NaN", b"null", b"true", b"", b"%20", b"%00", b"%FF",
+    numbers = (b"0", b"1", b"-1", b"1000", b"1001", b"1e3", b"1.0", b"1_0", b"+5", b"%2B5", b"0x1", b"NaN", b"null",
+               b"true", b"", b"%20", b"%00", b"%FF",
                b"%D9%A1", b"9" * 18, b"9" * 30, b"9" * 4300, b"9" * 4301, b"1&limit=2", b"1;2", b"[]", b"%ED%A0%80")
     for name in (b"limit", b"offset", b"status", b"status=pending&limit", b"nonsense"):
         for value in numbers:
@@ -154,16 +169,21 @@ def targets(task: bytes) -> Iterator[bytes]:
         yield get(b"/tasks?status=" + value)
     for value in (b"true", b"false", b"1", b"yes", b"2", b"", b"%FF", b"true&force=false", b"null"):
         yield get(b"/tasks/" + task + b"?force=" + value, method=b"DELETE")
-    for path in (b"%00", b"%0A", b"%0D%0Aforged: 1", b"%0d%0aforged", b"..", b"%2e%2e", b"%2F", b"%FF", b"%ED%A0%80", b"a/b", b"", b"%F0%9F%98%80",
-                 b"'; DROP TABLE tasks; --", b"<script>", b"{task_id}", b"x" * 5_000, b"x" * 60_000, b"%", b"%zz", b";a=b", task.upper(), b"\xff", b"\x7f"):
+    for path in (b"%00", b"%0A", b"%0D%0Aforged: 1", b"%0d%0aforged", b"..", b"%2e%2e", b"%2F", b"%FF", b"%ED%A0%80",
+                 b"a/b", b"", b"%F0%9F%98%80",
+                 b"'; DROP TABLE tasks; --", b"<script>", b"{task_id}", b"x" * 5_000, b"x" * 60_000, b"%", b"%zz",
+                 b";a=b", task.upper(), b"\xff", b"\x7f"):
         path = path.replace(b" ", b"%20")
         for tail in (b"", b"/stream", b"/"):
             yield get(b"/tasks/" + path + tail)
         yield get(b"/tasks/" + path, method=b"DELETE")
-    for target in (b"/", b"//", b"//tasks", b"/tasks/", b"/Tasks", b"/tasks%3Fstatus=1", b"http://elsewhere/tasks", b"*", b"/tasks#x", b"/tasks?", b"/?x",
-                   b"/docs", b"/redoc", b"/openapi.json", b"/docs/oauth2-redirect", b"/favicon.ico", b"/health/", b"/metrics?x=1", b"/events/x"):
+    for target in (b"/", b"//", b"//tasks", b"/tasks/", b"/Tasks", b"/tasks%3Fstatus=1", b"http://elsewhere/tasks",
+                   b"*", b"/tasks#x", b"/tasks?", b"/?x",
+                   b"/docs", b"/redoc", b"/openapi.json", b"/docs/oauth2-redirect", b"/favicon.ico", b"/health/",
+                   b"/metrics?x=1", b"/events/x"):
         yield get(target)
-    for method in (b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"CONNECT", b"FOO", b"get", b"PROPFIND", b"X" * 40, b'A"B', b"POST"):
+    for method in (b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"CONNECT", b"FOO", b"get",
+                   b"PROPFIND", b"X" * 40, b'A"B', b"POST"):
         for target in (b"/tasks", b"/tasks/" + task, b"/events", b"/metrics", b"/health", b"/nowhere"):
             yield get(target, method=method)
     yield b"GET /tasks HTTP/1.0\r\n\r\n"
@@ -220,7 +240,8 @@ class Judge:
             for path in OTHERS:
                 self.fetch(path)
         except AssertionError as error:
-            raise AssertionError(f"{error}\nrequest: {request[:1000]!r}\nanswer: {status} {headers} {body[:500]!r}") from error
+            exchanged = f"request: {request[:1000]!r}\nanswer: {status} {headers} {body[:500]!r}"
+            raise AssertionError(f"{error}\n{exchanged}") from error
         return status, headers, body
 
     def check_answer(self, request: bytes, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -240,10 +261,10 @@ class Judge:
         method, target = request.split(b" ")[:2]
         if (template := self.template(target.decode("latin-1"))) is None:
             return
-        known = {status for path, name, status in self.validators if (path, name) == (template, method.decode("latin-1"))}
-        if known:
-            assert status in known, f"{method!r} {template} does not document a {status}"
-            if validator := self.validators[template, method.decode(), status]:
+        operation = template, method.decode("latin-1")
+        if known := {status for *other, status in self.validators if (*other,) == operation}:
+            assert status in known, f"{operation} does not document a {status}"
+            if validator := self.validators[*operation, status]:
                 validator.validate(strict_json(body))
 
 

@@ -4,11 +4,14 @@ The model does not predict the order of what happens inside one instant. It is t
 whether that move was right at that moment (`accept`); and when all is quiet, whether anything is missing that should
 have happened by then (`check_quiet`)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 FINAL = ("completed", "failed", "cancelled")
-Manner = Literal["polite", "stubborn", "returns", "raises"]  # how a handler takes its cancellation
+# How a handler takes its cancellation. One that relents gives in to the second: a cancel or a shutdown that comes after
+# a timeout, a shutdown after a cancel.
+Manner = Literal["polite", "stubborn", "relents", "returns", "raises"]
 
 
 @dataclass(eq=False)
@@ -38,14 +41,17 @@ class ModelTask:
     ended: tuple[Any, Any] | None = None  # what it has returned or raised
 
     @property
-    def told_to_stop(self) -> bool:
-        return self.cancel_asked or self.timed_out or self.cut_off
+    def told_to_stop(self) -> int:
+        """How many have told it: each of the three does it once."""
+        return self.cancel_asked + self.timed_out + self.cut_off
 
     @property
     def has_let_go(self) -> bool:
         """Whether the handler has ended, or was stopped before it began."""
-        gives_in = not self.begun or (self.manner != "stubborn" and not self.in_thread)
-        return self.ended is not None or (self.told_to_stop and gives_in)
+        if self.ended is not None:
+            return True
+        patience = {"stubborn": math.inf, "relents": 2}.get(self.manner, 1)
+        return self.told_to_stop >= (1 if not self.begun else math.inf if self.in_thread else patience)
 
 
 class Model:
