@@ -19,7 +19,6 @@ The life of one task, from its request to the last frame of its stream:
     GET /tasks/{id}/stream ◄────────── watch()          _settle() ◄────┴────────────┘
 
 The words used throughout:
-
     task         one piece of work: a `Task` record inside, a `TaskStatus` picture of it outside
     handler      the function that does the work of one task type
     attempt      one run of a handler for a task; a retry is the next attempt
@@ -30,9 +29,7 @@ The words used throughout:
     watcher      a stream that waits for changes; all it holds is the last version that it sent
 
 Read it top to bottom; no section needs to know those below it:
-
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
-
 `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
 test of that name. `SIMPLIFIED` says what production would do instead.
 
@@ -50,7 +47,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
@@ -166,10 +163,7 @@ class TaskSubmission(BaseModel):
         return payload
 
 class TaskStatus(BaseModel):
-    """A picture of a task at one moment.
-    WHY a second class beside the queue's own `Task`: that one changes all the time, and holds timers and the like. What
-    is handed out must not change in the reader's hands."""
-
+    """A picture of a task at one moment. WHY not the queue's own `Task`: that one changes, in its reader's hands."""
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
     id: str
@@ -202,8 +196,7 @@ class TaskStatus(BaseModel):
         return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
-    """One frame of an event stream: lines of `name: value`, then a blank one (HTML standard, 9.2.5).
-    No event may be named "error": under that name EventSource reports a lost connection."""
+    """One frame of an event stream (HTML standard, 9.2.5). None may be named "error": so EventSource names its own."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
 class TaskList(BaseModel):
@@ -229,7 +222,8 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.PENDING: {Status.RUNNING, Status.CANCELLED},
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
-StopCause = Literal["timeout", "cancel", "shutdown"]
+STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
+LEFT_BEHIND = "left behind"
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
@@ -257,7 +251,7 @@ class Task:
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
     run: "asyncio.Task[None] | None" = None  # the attempt that runs now
-    stop_cause: StopCause | None = None  # why that attempt was asked to stop
+    stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
 # never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
@@ -274,9 +268,8 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """Tasks in order of submission: to add, remove or page costs no more because there are more of them.
-    Tasks come and go in any order, yet a page must be newest first. So they stand in blocks of neighbouring sequence
-    numbers, and only the blocks that a page shows are sorted."""
+    """Tasks in order of submission, in which to add, remove or page costs no more because there are more of them. They
+    come and go in any order; so they stand in blocks of neighbouring numbers, and a page sorts only those it shows."""
     BLOCK = 2048
 
     def __init__(self) -> None:
@@ -515,25 +508,23 @@ class TaskStore:
         if task.idempotency_key:
             del self._keys[task.idempotency_key]
 
-    def _stop(self, task: Task, cause: StopCause) -> None:
+    def _stop(self, task: Task, cause: str) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause is None:
+        # exception: the cause is written down before the cancel, and a lesser one can't replace it.
+        if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
+            task.stop_cause = cause
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
-        if task.stop_cause in (None, "timeout"):
-            task.stop_cause = cause
 
 # ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
-# in its annotation, and a function to report progress with; it returns what JSON can carry. It is an `async def`, or a
-# plain `def` that then runs in a thread of its own. Handlers know nothing of tasks, queues and slots, so each can be
-# tested, or moved to another queue, as it is.
+# in its annotation, and a function to report progress with; it returns what JSON can carry. A plain `def` runs in a
+# thread of its own. Handlers know nothing of queues, so each can be tested, or moved to another one, as it is.
 
 UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
@@ -592,15 +583,13 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     while not ended.done():
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
-        except asyncio.CancelledError:
-            if stopped.is_set():
-                raise  # a second time: the event loop itself is closing, and leaves the thread behind
+        except asyncio.CancelledError as cancellation:
+            if cancellation.args == (LEFT_BEHIND,):
+                raise
             stopped.set()
     result, error = ended.result()
-    if error is not None:
-        raise error
-    if stopped.is_set():
-        raise asyncio.CancelledError("it was cancelled, and has ended since")
+    if error is not None or stopped.is_set():
+        raise error or asyncio.CancelledError()
     return result
 
 # The three handlers of the service only simulate: they sleep through their stages and, now and then, fail.
@@ -693,6 +682,7 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+                task.run.cancel(LEFT_BEHIND)
             self._move(task, Status.CANCELLED)
         self._check_deadlines()  # none is left: this puts the alarm away
 
@@ -835,10 +825,9 @@ class Metrics:
                 "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, total), 3),
                 "status_counts": sum(self.statuses.values(), Counter[int]()),
                 "routes": {" ".join(route): {
-                    "count": statuses.total(),
-                    "avg_duration_ms": round(1000 * self.seconds[route] / statuses.total(), 3),
-                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, self.buckets[route], strict=True) if n},
-                } for route, statuses in self.statuses.items()}}
+                    "count": sum(buckets), "avg_duration_ms": round(1000 * self.seconds[route] / sum(buckets), 3),
+                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, buckets, strict=True) if n},
+                } for route, buckets in self.buckets.items()}}
 
     def as_prometheus(self) -> Iterator[str]:
         """Lines of the text format 0.0.4. There a bucket counts all that took up to its bound."""
@@ -901,10 +890,8 @@ class RequestMiddleware:
             await JSONResponse({"detail": "Internal Server Error"}, 500)(scope, receive, send_with_id)
 
     def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and self.SANE_ID.fullmatch(text := str(value, "latin-1")):
-                return text
-        return secrets.token_hex(8)
+        inbound = str(dict(scope["headers"]).get(b"x-request-id", b""), "latin-1")
+        return inbound if self.SANE_ID.fullmatch(inbound) else secrets.token_hex(8)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
@@ -932,13 +919,13 @@ HTTP_STATUS: dict[type[QueueError], int] = {
 class Problem(BaseModel):
     detail: str
 
-STREAM: dict[str, Any] = {"text/event-stream": {}}
-RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
-ANSWERS: dict[int, dict[str, Any]] = {  # for OpenAPI: what routes answer when it does not go well
+ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes may answer
+    "stream": {"content": {"text/event-stream": {}}},
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "The queue is full, or stops", "headers": RETRY_AFTER}}
+    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {
+        "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}}}
 
 def queue_of(request: Request) -> TaskQueue:
     """WHY not Depends(): FastAPI would solve it for each request, at a tenth of what the whole request costs."""
@@ -981,8 +968,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
     # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
     # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
-    # the signal and calls `shutdown_event.set()`, which wakes no generator that waits for something else. So what it
-    # gets here is no event at all: its `set` has the queue end all watches.
+    # the signal and sets `shutdown_event`, but that wakes no generator; so here `set` has the queue end all watches.
     settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
                                shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
@@ -993,7 +979,7 @@ def event_id(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
-    404: ANSWERS[404], 200: {"content": STREAM}, 204: {"description": "Ended, and its last event is known"}})
+    404: ANSWERS[404], 200: ANSWERS["stream"], 204: {"description": "Ended, and its last event is known"}})
 async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch one task: its state now, then each change, until it has ended.
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
@@ -1013,7 +999,7 @@ async def task_frames(states: AsyncIterator[TaskStatus]) -> AsyncIterator[bytes]
     if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
 
-@router.get("/events", response_class=Response, responses={200: {"content": STREAM}})
+@router.get("/events", response_class=Response, responses={200: ANSWERS["stream"]})
 async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
     """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
