@@ -10,7 +10,7 @@ from client import Stream, follow
 from harness import Service, strict_json
 
 SERVER = ("taskqueue.py", "--no-tour", "--port", "{port}", "--pace", "0.02", "--failure-rate", "0.3",
-          "--max-workers", "5", "--max-pending", "60", "--keep-finished", "300", "--backoff-base", "0.05",
+          "--max-workers", "3", "--max-pending", "15", "--keep-finished", "300", "--backoff-base", "0.05",
           "--drain-seconds", "1")
 CLIENTS = 30
 
