@@ -69,7 +69,7 @@ async def nothing_is_left(anyio_backend, monkeypatch):
     # The first is anyio's, to run this function; the second sse-starlette's, one for each event loop, to its end.
     assert left <= {"_call_in_runner_task", "_shutdown_watcher"}
     for store in stores:
-        assert (store.watchers, store._waiting) == (0, {})
+        assert (store.watchers, store._events) == (0, {})
         assert store.submitted == store.evicted + sum(store.count(status) for status in Status)
 
 class Gate:
@@ -1184,7 +1184,7 @@ async def test_stream_forgets_a_watcher_that_hangs_up(path, gate):
             assert queue.watchers == 0
         gate.let_go("it")
         await quiet()
-        assert queue._waiting == {}
+        assert queue._events == {}
 
 @pytest.mark.parametrize("path", ["/tasks/{}/stream", "/events"])
 async def test_stream_never_entered_leaves_nothing_behind(path, gate):

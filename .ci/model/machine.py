@@ -655,7 +655,7 @@ class QueueMachine(RuleBasedStateMachine):
             gc.collect()  # a generator in a reference cycle is closed only then
             self.loop.settle()
         assert self.queue.watchers == live
-        assert len(self.queue._waiting) <= self.queue.count(Status.PENDING) + self.queue.count(Status.RUNNING) + 1
+        assert len(self.queue._events) <= self.queue.count(Status.PENDING) + self.queue.count(Status.RUNNING) + 1
         dead = self.queue._ready.qsize() - self.queue.count(Status.PENDING)
         assert dead <= 65 + 0.1 * self.model.max_pending or self.exiting, "cancelled tasks pile up in the heap"
         self.check_exit()
@@ -715,7 +715,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert not asyncio.all_tasks(self.loop), "an asyncio task is left"
         assert self.loop.next_timer == float("inf"), "a timer is left"
         assert not self.queue.watchers
-        assert not self.queue._waiting
+        assert not self.queue._events
         assert not self.queue._keys or self.model.keys
         self.warnings.clear()
         self.attempts.clear()
