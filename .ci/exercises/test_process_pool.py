@@ -26,6 +26,14 @@ def anyio_backend():
     return "asyncio"
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A pool that goes on working would keep Python from exiting."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 async def submit(service, **payload):
     answer = await service.client.post("/tasks", json={"task_type": "count_primes", "payload": payload})
     assert answer.status_code == 202, f"POST /tasks should take a count_primes; it says {answer.text}"
