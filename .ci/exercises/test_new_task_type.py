@@ -1,6 +1,7 @@
 """A new task type: `transcode_video`, with `url` (text) and `format` ("mp4" or "webm"; "mp4" if it isn't given).
 
-Its result is {"url": …, "format": …}. It takes one member of TaskType, one payload model, and one decorated function.
+Its result is {"url": …, "format": …}. Like the other handlers it only simulates, and reports its progress in a few stages.
+It takes one member of TaskType, one payload model, and one decorated function.
 """
 
 import pytest
@@ -10,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def transcode(serve, payload):
-    """Run one task; return the answer to the POST, and how the task has ended."""
+    """Submit one task; return the answer to the POST and, if it was taken, how the task has ended."""
     async with serve(HANDLERS, failure_rate=0) as service:
         answer = await service.client.post("/tasks", json={"task_type": "transcode_video", "payload": payload})
         return answer, answer.status_code == 202 and await service.end_of(answer.json()["id"])
@@ -23,6 +24,14 @@ async def test_the_type_is_known_and_its_handler_gives_the_result(serve):
     expected = {"url": "https://example.com/a.mov", "format": "webm"}
     assert task["result"] == expected, "the result should say what was made of what"
     assert task["progress"] == 100
+
+
+async def test_it_reports_its_progress(serve):
+    async with serve(HANDLERS, failure_rate=0) as service:
+        answer = await service.client.post("/tasks", json={"task_type": "transcode_video"})
+        assert answer.status_code == 202, f"POST /tasks should take a transcode_video; it says {answer.text}"
+        seen = [state.progress async for state in service.queue.watch(answer.json()["id"])]
+        assert any(0 < percent < 100 for percent in seen), f"there should be progress between 0 and 100: {seen}"
 
 
 async def test_every_field_of_the_payload_has_a_default(serve):
