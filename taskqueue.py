@@ -38,7 +38,7 @@ test of that name. `SIMPLIFIED` says what production would do instead.
     python -m pytest                  the proof
 """
 
-import argparse, asyncio, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
+import argparse, asyncio, base64, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
 import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -47,7 +47,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import httpx, pydantic.dataclasses, uvicorn
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
@@ -222,7 +222,8 @@ TRANSITIONS: dict[Status, set[Status]] = {
     Status.PENDING: {Status.RUNNING, Status.CANCELLED},
     Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
     Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
-StopCause = Literal["timeout", "cancel", "shutdown"]
+STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
+LEFT_BEHIND = "left behind"
 
 @dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
 class Task:
@@ -250,7 +251,7 @@ class Task:
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
     run: "asyncio.Task[None] | None" = None  # the attempt that runs now
-    stop_cause: StopCause | None = None  # why that attempt was asked to stop
+    stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
 # never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
@@ -507,19 +508,18 @@ class TaskStore:
         if task.idempotency_key:
             del self._keys[task.idempotency_key]
 
-    def _stop(self, task: Task, cause: StopCause) -> None:
+    def _stop(self, task: Task, cause: str) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
         WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        # exception: the cause is written down before the cancel. A later cancel outranks a timeout, not the reverse.
-        if task.run and task.stop_cause is None:
+        # exception: the cause is written down before the cancel, and a lesser one can't replace it.
+        if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
+            task.stop_cause = cause
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
             # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
             # call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
-        if task.stop_cause in (None, "timeout"):
-            task.stop_cause = cause
 
 # ===== Handlers ================================================================================ course module 05 =====
 # The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
@@ -583,9 +583,9 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     while not ended.done():
         try:
             await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
-        except asyncio.CancelledError:
-            if stopped.is_set():
-                raise  # a second time: the event loop itself is closing, and leaves the thread behind
+        except asyncio.CancelledError as cancellation:
+            if cancellation.args == (LEFT_BEHIND,):
+                raise
             stopped.set()
     result, error = ended.result()
     if error is not None or stopped.is_set():
@@ -682,6 +682,7 @@ class TaskQueue(TaskStore):
         for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+                task.run.cancel(LEFT_BEHIND)
             self._move(task, Status.CANCELLED)
         self._check_deadlines()  # none is left: this puts the alarm away
 
@@ -900,12 +901,105 @@ class RequestMiddleware:
         logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
 
 # ===== Page ===========================================================================================================
-# GET / for now: a way to the interactive documentation.
+# GET / shows the queue at work: one page, no framework, nothing from another host. It uses the API as any client would;
+# all that it shows of tasks comes through one EventSource, and as `textContent` alone: no data can become HTML.
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>taskqueue</title><link rel="icon" href="data:,">
-<h1>taskqueue</h1><p><a href="/docs">API documentation</a></p></html>
-"""
+PAGE = """<!doctype html><html lang=en><title>taskqueue</title><meta name=viewport content=width=device-width><style>
+:root { color-scheme: light dark; --ink: light-dark(#17212d, #e8edf3); --card: light-dark(#fff, #1b222c);
+  background: light-dark(#f1f4f8, #11161d); font: clamp(16px, .5vw + 11px, 26px)/1.4 system-ui, sans-serif; }
+* { --tone: color-mix(in srgb, var(--hue, #1976f2), var(--ink) 45%); box-sizing: border-box; margin: 0; padding: 0;
+  font: inherit; color: var(--ink); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.pending { --hue: orange; } .completed { --hue: #0b3; } .failed { --hue: #f22; } .cancelled { --hue: gray; }
+body, aside, form { display: grid; gap: .7rem; align-content: start; padding: .8rem; } aside { padding: 0; }
+header, section, li { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: center; }
+h1, h2, strong { display: block; font-weight: 650; font-size: 2rem; } h2 { font-size: 1.2rem; padding: .7rem 0 .2rem; }
+p, form, ol { background: var(--card); border-radius: .5rem; } #pending { max-height: 36vh; overflow: auto; }
+p { flex: 1 0 6.5rem; padding: .4rem .5rem; border-top: .25rem solid var(--tone); } label { display: contents; }
+form { grid-template-columns: auto 1fr; } form button { grid-column: span 2; } button:empty { display: none; }
+label > *, button, b { padding: .2rem .5rem; background: none; border: 1px solid; border-radius: .4rem; min-width: 0; }
+form button, .HIGH b { background: var(--ink); color: var(--card); } small, time { opacity: .75; font-weight: 400; }
+li { position: relative; padding: .3em 1em; border-bottom: 1px solid #8883; } bdi { max-height: 4em; overflow: auto; }
+li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8rem; }
+i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); }
+@media (min-width: 62rem) { body { grid-template: auto 1fr / 15rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1.5rem; }
+  li { display: grid; grid-template-columns: 6rem 11.5rem 5rem minmax(0, 1fr) 5rem 5rem; } }
+@media (prefers-reduced-motion: no-preference) { li { animation: arrive .8s; } i { transition: width .5s; } }
+@keyframes arrive { from { background: #8884; } } :focus-visible { outline: 3px solid var(--tone); }
+</style><link rel=icon href=data:,><header><h1>taskqueue</h1><output id=state></output><a href=/docs>API docs</a>
+<a href=/metrics>Metrics</a></header><section>TILES</section><aside><form><label>Type<select name=task_type>TYPES
+</select></label><label>Priority<select name=priority><option value=5>MEDIUM<option value=1>HIGH<option value=10>LOW
+</select></label><label>Retries<input name=max_retries value=0></label><label>Delay, s<input name=delay value=0></label>
+<label>Payload<textarea name=payload rows=3 aria-describedby=answer>{}</textarea></label><button>Submit</button></form>
+<output id=answer></output></aside><main><h2>Running <small id=workers></small></h2><ol id=running></ol>
+<h2>Pending <small>up to 50, in the order in which they will run</small></h2><ol id=pending></ol>
+<h2>Finished <small>up to 50, newest first</small></h2><ol id=finished></ol></main><template><li><span></span>
+<a target=_blank></a><b></b><bdi></bdi><time></time><button></button><i role=progressbar></i></template>
+<script>const tasks = new Map(), form = document.forms[0], PRIORITIES = {1: "HIGH", 5: "MEDIUM", 10: "LOW"};
+const find = selector => document.querySelector(selector), seconds = ms => `${Math.max(0, Math.round(ms / 1000))} s`;
+const showState = (className, textContent) => Object.assign(find("#state"), {className, textContent});
+let source, server, life, frame, doubt;  // the stream, its latest `queue` event, whose it is, since when we differ
+function connect() {  // afresh; after a mere loss of connection EventSource does so itself, and gets what changed since
+  source?.close(); tasks.clear(); server = {tasks: {}}; life = doubt = null;
+  source = new EventSource("/events");
+  source.onopen = () => showState("completed", "● Live");
+  source.onerror = () => showState("failed", "Connection lost, trying again…");
+  const listen = (name, listener) => source.addEventListener(name, event => listener(JSON.parse(event.data)));
+  listen("shutdown", () => { source.onerror = () => showState("pending", "The server has shut down, waiting…"); });
+  listen("task", task => tasks.set(task.id, {...tasks.get(task.id), ...task}));
+  listen("queue", queue => { server = queue; life ??= queue.life; frame ??= requestAnimationFrame(draw); }); }
+function draw() {  // once for all changes since the last frame, however many
+  const now = Date.now(), focused = document.activeElement, counts = server.tasks; frame = null;
+  // The server is another; or a task has ended and was evicted unseen, and its row stays; or EventSource has given up.
+  if (life != server.life || doubt && now - doubt > 2000 || source.readyState === EventSource.CLOSED) return connect();
+  for (const task of tasks.values()) task.wait = Math.max(0, Date.parse(task.not_before) - now) || 0;
+  const inTurn = (a, b) => a.wait - b.wait || a.priority - b.priority || (a.created_at < b.created_at ? -1 : 1);
+  const {running = [], pending = [], finished = []} = Object.groupBy(
+    [...tasks.values()].sort(inTurn), task => task.completed_at ? "finished" : task.status);
+  finished.sort((a, b) => a.completed_at < b.completed_at ? 1 : -1).splice(50).forEach(old => tasks.delete(old.id));
+  for (const [name, group] of Object.entries({running, pending, finished})) {
+    const list = find(`#${name}`), rows = group.slice(0, 50).map(drawRow);
+    for (const row of [...list.children]) if (!rows.includes(row)) row.remove();
+    rows.forEach((row, at) => { if (list.children[at] !== row) list.insertBefore(row, list.children[at] ?? null); }); }
+  if (focused !== document.activeElement) focused.focus({preventScroll: true});  // a row that moves loses it
+  for (const status in counts) find(`.${status} strong`).textContent = counts[status];
+  find("#workers").textContent = `${running.length} of ${server.workers} workers are busy`;
+  doubt = running.length <= counts.running && pending.length <= counts.pending ? null : doubt ?? now; }
+function drawRow(task) {
+  const row = task.row ??= find("template").content.firstChild.cloneNode(true), {id, status, attempt, progress} = task;
+  const name = `${task.task_type} ${id.slice(0, 4)}`, priority = PRIORITIES[task.priority], runs = status === "running";
+  const verb = runs ? "Stop" : status === "pending" ? "Cancel" : "", age = Date.now() - Date.parse(task.created_at);
+  const notes = [attempt && `attempt ${attempt}/${task.max_retries + 1}`, runs && `${progress} %`, task.error, task.wait
+    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, task.result && JSON.stringify(task.result)];
+  const texts = [status, name, priority, notes.filter(Boolean).join(" · ").slice(0, 300), `${seconds(age)} ago`, verb];
+  texts.forEach((text, at) => { if (row.children[at].textContent !== text) row.children[at].textContent = text; });
+  row.className = `${status} ${priority}`; row.children[1].href = `/tasks/${id}/stream`;
+  Object.assign(row.children[5], {ariaLabel: `${verb} ${name}`, value: `/tasks/${id}?force=${runs}`});
+  Object.assign(row.lastChild, {ariaLabel: name, ariaValueNow: progress, style: `width: ${progress}%`}); return row; }
+async function send(method, path, ...bodies) {  // one after another, until one is refused; the last answer is shown
+  let answer = {ok: true}; const headers = {"Content-Type": "application/json"};
+  for (const body of bodies) if (answer.ok) answer = await fetch(path, {method, body, headers});
+  const {detail = answer.statusText} = await answer.json(), wait = answer.headers.get("Retry-After");
+  const text = Array.isArray(detail) ? detail.map(({loc, msg}) => `${loc.join(".")}: ${msg}`).join("; ") : detail;
+  find("#answer").textContent = `${answer.status} ${text}${wait ? `, Retry-After: ${wait} s` : ""}`; }
+find("main").onclick = ({target}) => target.value && send("DELETE", target.value, null);
+form.onsubmit = () => {  // each field goes out as it was typed, so that its error is the API's, and 1.0 stays 1.0
+  send("POST", "/tasks", `{${[...new FormData(form)].map(([name, value]) => `"${name}": ${value}`)}}`); return false; };
+const low = {task_type: "send_email", priority: 10}, types = [...form.task_type].map(option => option.text);
+for (const [textContent, orders] of Object.entries({
+  "Burst of 20 mixed": Array.from({length: 20}, (_, i) => ({task_type: types[i % 3], priority: [10, 5, 1, 5][i % 4]})),
+  "One HIGH behind ten LOW": [...Array(10).fill(low), {...low, priority: 1}], "Fill the queue": Array(9999).fill(low),
+  "A task that fails and retries": [{...low, max_retries: 3, payload: {to: "nobody@example.invalid"}}]})) {
+  const onclick = () => send("POST", "/tasks", ...orders.map(order => JSON.stringify(order)));
+  form.before(Object.assign(document.createElement("button"), {textContent, onclick})); }
+connect(); setInterval(draw, 1000);
+</script>""".replace("TYPES", "".join(f"<option value='\"{kind}\"'>{kind}" for kind in TaskType)).replace(
+    "TILES", "".join(f"<p class={status}>{status.title()}<strong>0</strong></p>" for status in Status))
+
+# The policy names the one style and the one script by their hashes: nothing else runs here, however it got in.
+PAGE_HEADERS = {"Content-Security-Policy": "style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src "
+    "data:; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; trusted-types 'none'; "
+    "require-trusted-types-for 'script'".format(*(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                                                  for text in re.split("</?(?:style|script)>", PAGE)[1::2]))}
 
 # ===== Routes ================================================================================== course module 07 =====
 # The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
@@ -1040,7 +1134,7 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> HTMLResponse:
-    return HTMLResponse(PAGE)
+    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
 async def answer_queue_error(_: Request, error: Exception) -> Response:
     status, detail = HTTP_STATUS[type(error)], str(error)  # type: ignore[index]
