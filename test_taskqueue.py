@@ -129,7 +129,7 @@ async def serving(handle=None, **knobs):
 
 async def until(queue, task_id, condition=lambda state: state.status in FINAL):
     """Watch a task until it is so; return its state then."""
-    async with asyncio.timeout(10), contextlib.aclosing(queue.watch(task_id)) as states:
+    async with asyncio.timeout(5), contextlib.aclosing(queue.watch(task_id)) as states:
         async for state in states:
             if condition(state):
                 return state
@@ -263,8 +263,8 @@ def test_submission_takes_each_bound_and_keeps_the_payload_as_it_was_sent():
     {"task_type": "bake_cake"}, {"priority": True}, {"priority": "1"}, {"priority": 1.0}, {"priority": 2},
     {"priority": 10**40}, {"priority": None}, {"max_retries": -1}, {"max_retries": 11}, {"max_retries": True},
     {"max_retries": 1.5}, {"timeout": 0}, {"timeout": 3601}, {"timeout": "60"}, {"timeout": True},
-    {"timeout": math.nan}, {"delay": -1}, {"delay": 86401}, {"delay": math.inf}, {"colour": "red"}, {"payload": []},
-    {"payload": None}, {"payload": {"subject": 5}}, {"payload": {"to": None}}, {"payload": {"extra": math.nan}}], ids=str)
+    {"timeout": math.nan}, {"delay": -1}, {"delay": 86401}, {"delay": math.inf}, {"hue": "red"}, {"payload": []},
+    {"payload": None}, {"payload": {"subject": 5}}, {"payload": {"to": None}}, {"payload": {"x": math.nan}}], ids=str)
 def test_submission_refuses(fields):
     with pytest.raises(ValidationError):
         TaskSubmission.model_validate({"task_type": "send_email", **fields})
@@ -464,11 +464,11 @@ async def test_simulated_handlers_report_rising_progress_up_to_100(task_type):
 
 async def test_simulated_handlers_keep_the_pace_and_the_failure_rate_that_are_set():
     for failure_rate, status in (0, "completed"), (1, "failed"):
-        async with TaskQueue(Settings(failure_rate=failure_rate, pace=3)) as queue:
+        async with TaskQueue(Settings(failure_rate=failure_rate, pace=2)) as queue:
             state = await until(queue, queue.submit(TaskSubmission(task_type="resize_image")).id)
             assert state.status == status
     assert state.error.startswith("RuntimeError: simulated failure while ")
-    assert 4 * 0.5 * 3 < now() <= 2 * 4 * 0.5 * 3  # four stages of half a second; the second task fails after one
+    assert 4 * 0.5 * 2 < now() <= 2 * 4 * 0.5 * 2  # four stages of half a second; the second task fails after one
 
 # ===== Workers ========================================================================================================
 # Slots, order, attempts, time, and every way for an attempt to end.
@@ -512,9 +512,9 @@ async def test_workers_retry_until_an_attempt_succeeds(monkeypatch):
 
     started = []
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
-    state = await outcome(handle, {"backoff_base": 2}, max_retries=5)
+    state = await outcome(handle, {"backoff_base": 1}, max_retries=5)
     assert (state.status, state.attempt, state.result, state.error) == ("completed", 3, "at last", None)
-    assert started == pytest.approx([0, 2, 6], abs=0.001)  # 2 s of backoff, then 4
+    assert started == pytest.approx([0, 1, 3], abs=0.001)  # 1 s of backoff, then 2
 
 async def test_workers_backoff_holds_slot_of_nobody(gate, monkeypatch):
     """GOTCHA [backoff-holds-slot]: while one task waits for its next attempt, another runs."""
@@ -545,9 +545,9 @@ def test_backoff_doubles_up_to_its_cap_with_full_jitter(monkeypatch):
 async def test_workers_stop_an_attempt_at_its_timeout_and_retry_it(gate):
     async with running(gate, backoff_base=0) as queue:
         queue.submit(order("longer", timeout=50))
-        state = await until(queue, queue.submit(order(timeout=3, max_retries=1)).id)
-        assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 3 s")
-        assert (list(gate.held), now()) == (["longer"], pytest.approx(6, abs=0.001))
+        state = await until(queue, queue.submit(order(timeout=2, max_retries=1)).id)
+        assert (state.status, state.attempt, state.error) == ("failed", 2, "TimeoutError: no result within 2 s")
+        assert (list(gate.held), now()) == (["longer"], pytest.approx(4, abs=0.001))
 
 @pytest.mark.parametrize("reaction", ["lets go", "raises another error", "returns all the same", "takes its time"])
 @pytest.mark.parametrize(("causes", "status", "error"), [
@@ -638,8 +638,8 @@ circle = []
 circle.append(circle)
 
 @pytest.mark.parametrize("result", [
-    math.nan, [-math.inf], "\ud800", {"\ud800": 1}, object(), print, 10**5000, json.loads(deep(400)), circle],
-    ids=lambda value: type(value).__name__)
+    math.nan, [-math.inf], "\ud800", {"\ud800": 1}, object(), print, iter([1]), 10**5000, circle,
+    json.loads(deep(400))], ids=lambda value: type(value).__name__)
 async def test_workers_bad_result_fails_its_task_and_spoils_nothing(result):
     """GOTCHA [bad-result]: it would be in everybody's list of tasks."""
     async def handle(payload, update_progress):
@@ -672,29 +672,22 @@ async def test_progress_refuses_what_is_no_percentage(percent):
 
     assert (await outcome(handle)).error.startswith("ValueError: progress must be a number from 0 to 100")
 
-async def test_progress_never_runs_backwards_within_an_attempt(gate):
-    shown = []
-    async with running(gate) as queue:
-        task_id = await bring_to("running", queue, gate)
-        for percent in (0, 50, 20, 50.9, 60, 60):
-            gate.report["it"](percent)
-            shown.append(queue.get_task(task_id).progress)
-    assert shown == [0, 50, 50, 50, 60, 60]
-
-async def test_progress_begins_anew_with_each_attempt_and_passes_over_late_reports(gate):
+async def test_progress_never_runs_backwards_and_passes_over_late_reports(gate):
     async with running(gate, backoff_base=0) as queue:
-        task = queue.submit(order(max_retries=1))
+        task, shown = queue.submit(order(max_retries=1)), []
         await quiet()
         first_report = gate.report["it"]
-        first_report(80)
+        for percent in (0, 50, 20, 50.9, 60):
+            first_report(percent)
+            shown.append(queue.get_task(task.id).progress)
         gate.let_go("it", ValueError())
         await quiet()
         first_report(90)
-        assert (queue.get_task(task.id).attempt, queue.get_task(task.id).progress) == (2, 0)
+        shown.append(queue.get_task(task.id).progress)
         gate.let_go("it", ValueError())
         await quiet()
         gate.report["it"](50)
-        assert (queue.get_task(task.id).status, queue.get_task(task.id).progress) == ("failed", 0)
+        assert (shown, queue.get_task(task.id).progress) == ([0, 50, 50, 50, 60, 0], 0)
 
 @real_clock
 async def test_progress_from_thread_reaches_the_queue_in_its_own_thread():
@@ -763,7 +756,8 @@ async def test_shutdown_leaves_a_handler_behind_that_ignores_it(caplog):
     async with running(handle, drain_seconds=5) as queue:
         task = queue.submit(order())
         await quiet()
-    assert (now(), f"task {task.id} ignores" in caplog.text) == (pytest.approx(5.3, abs=0.001), True)
+    assert now() == pytest.approx(5 + TaskQueue.STUBBORN_SECONDS, abs=0.001)
+    assert f"task {task.id} ignores its cancellation" in caplog.text
     let_go.set()
     await quiet()
     assert queue.get_task(task.id).status == "cancelled"
@@ -1001,13 +995,16 @@ async def test_routes_list_filters_and_pages(gate):
         assert ([task["id"] for task in answer["tasks"]], answer["total"]) == (ids[1:3], 4)
         assert (await client.get("/tasks?status=failed&limit=1000")).json() == {"tasks": [], "total": 0}
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "offset=-1", "offset=1e3", "status=lost",
-                                   "status=%ED%A0%80", "limit=" + "9" * 5000])
-async def test_routes_list_refuses_a_bad_query(query):
+@pytest.mark.parametrize(("call", "headers", "place"), [
+    *((f"GET /tasks?{query}", {}, ["query", query.split("=")[0]]) for query in (
+        "limit=0", "limit=1001", "limit=x", f"limit={10**4000}", "offset=-1", "offset=x", "status=x", "status=%ED%A0")),
+    *(("POST /tasks", {"Idempotency-Key": key}, ["header", "idempotency-key"]) for key in ("", "x" * 256)),
+    *(("POST /tasks", {"Content-Type": kind}, ["body"]) for kind in ("text/plain", "multipart/form-data"))])
+async def test_routes_refuse_a_bad_query_or_header_with_its_place(call, headers, place):
     async with serving() as (_, client, _):
-        answer = await client.get(f"/tasks?{query}")
-        assert answer.status_code == 422
-        assert strict_json(answer.text)["detail"][0]["loc"] == ["query", query.split("=")[0]]
+        headers = {"Content-Type": "application/json", **headers}
+        answer = await client.request(*call.split(), content=b'{"task_type": "send_email"}', headers=headers)
+        assert (answer.status_code, strict_json(answer.text)["detail"][0]["loc"]) == (422, place)
 
 @pytest.mark.parametrize("call", ["GET /tasks/x", "GET /tasks/x/stream", "DELETE /tasks/x", "GET /tasks/%00", "GET /x"])
 async def test_routes_404_after_200_cannot_happen(call):
@@ -1034,12 +1031,6 @@ async def test_routes_idempotency_key_makes_one_task_even_when_the_queue_is_full
         assert [answer.status_code for answer in answers] == [202, 202, 422, 503]
         assert (answers[0].json()["id"], queue.submitted) == (answers[1].json()["id"], 1)
         assert answers[2].json()["detail"][0]["loc"] == ["header", "Idempotency-Key"]
-
-@pytest.mark.parametrize("key", ["", "x" * 256])
-async def test_routes_refuse_an_idempotency_key_of_odd_length(key):
-    async with serving() as (_, client, _):
-        answer = await client.post("/tasks", json={"task_type": "send_email"}, headers={"Idempotency-Key": key})
-        assert (answer.status_code, answer.json()["detail"][0]["loc"][0]) == (422, "header")
 
 def submission(value, fields=""):
     return f'{{"task_type": "send_email", "payload": {{"x": {value}}} {fields}}}'.encode()
@@ -1075,12 +1066,6 @@ async def test_routes_take_an_unusual_body_that_is_fine(value, gate):
         await quiet()
         assert strict_json((await client.get("/tasks")).text)["tasks"][0]["payload"] == {"x": json.loads(value)}
         assert list(gate.held) == ["Hello"]  # the handler has it, too
-
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-async def test_routes_refuse_another_content_type(content_type):
-    async with serving() as (_, client, _):
-        answer = await client.post("/tasks", content=submission(1), headers={"Content-Type": content_type})
-        assert (answer.status_code, bool(answer.json()["detail"])) == (422, True)
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_routes_refuse_a_body_over_the_limit(chunked, gate):
@@ -1368,10 +1353,10 @@ def test_demo_second_ctrl_c_ends_it_at_once():
 
 @posix_only
 def test_demo_ctrl_c_does_not_wait_for_a_reader_that_has_stopped_reading():
-    with demo("--no-tour", "--pace", "0", "--failure-rate", "0", "--send-timeout", "600") as (process, client):
-        for _ in range(100):  # 6 MB of results: more than the buffers on the way can hold
-            client.post("/tasks", json={"task_type": "resize_image", "payload": {"url": "x" * 60_000}})
-        while client.get("/health").json()["tasks"]["completed"] < 100:
+    with demo("--no-tour", "--pace", "0", "--failure-rate", "0", "--max-body", "2000000") as (process, client):
+        for _ in range(8):  # 8 MB of results: more than the buffers on the way can hold
+            client.post("/tasks", json={"task_type": "resize_image", "payload": {"url": "x" * 1_000_000}})
+        while client.get("/health").json()["tasks"]["completed"] < 8:
             pass
         with socket.create_connection((client.base_url.host, client.base_url.port)) as stalled:
             stalled.sendall(b"GET /events HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -1384,7 +1369,7 @@ def run_demo(*arguments):
     return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
 
 def test_demo_once_takes_the_tour_and_exits_with_0():
-    status, output, errors = run_demo("--once", "--port", "0", "--pace", "0.02")
+    status, output, errors = run_demo("--once", "--port", "0", "--pace", "0.1")
     assert (status, errors) == (0, "")
     assert ("✓" in output, "✗" in output) == (True, False)
 
