@@ -783,7 +783,7 @@ asyncio.run(main())
 
 def test_shutdown_lets_the_process_end_whatever_a_handler_does():
     ran = subprocess.run([sys.executable, "-c", STUBBORN], cwd=HERE, capture_output=True, text=True, timeout=5)
-    assert (ran.returncode, ran.stderr.count("\n"), "left behind" in ran.stderr) == (0, 1, True)
+    assert (ran.returncode, "left behind" in ran.stderr) == (0, True)
 
 async def test_workers_log_names_the_request_and_holds_no_line_of_a_client(caplog):
     caplog.set_level(logging.INFO, "taskqueue")
