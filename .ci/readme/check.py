@@ -169,7 +169,11 @@ def take_tour() -> Iterator[tuple[Step, list[str]]]:
         shell = Shell(cwd, environment, deadline)
         stack.callback(end_group, shell.process)
         for step in steps:
-            yield step, lines(shell.run(step.command.replace(PORT, port)).replace(port, PORT))
+            try:
+                output = shell.run(step.command.replace(PORT, port))
+            except (TimeoutError, EOFError) as error:
+                sys.exit(f"$ {step.command}\n{error}")
+            yield step, lines(output.replace(port, PORT))
         log_text = (cwd / "server.log").read_text()
         assert not re.search("Traceback|ERROR|CRITICAL", log_text), log_text
 
