@@ -607,6 +607,19 @@ async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(t
         strict_json(state.model_dump_json())
         assert (await until(queue, queue.submit(order("next")).id)).result == "fine"
 
+def test_workers_tiny_timeouts_do_not_kill_the_loop_on_uvloop():
+    """uvicorn's default loop counts milliseconds: a timer that is due at once is another kind of handle there."""
+    uvloop = pytest.importorskip("uvloop", reason="uvicorn brings it on Unix only")
+
+    async def main():
+        async with TaskQueue(Settings(backoff_cap=0), {TaskType.SEND_EMAIL: lambda payload, report: None}) as queue:
+            tasks = [queue.submit(order(timeout=0.0001)).id for _ in range(6)]
+            for task in tasks:
+                await until(queue, task)
+            return queue.is_running
+
+    assert uvloop.run(main())
+
 async def test_workers_cancel_before_first_step_frees_the_slot(gate, monkeypatch):
     """GOTCHA [cancel-before-first-step]: the attempt is cancelled in the very step that makes it."""
     def start_and_cancel(queue, task):
@@ -731,7 +744,7 @@ async def test_shutdown_gives_running_handlers_time_and_takes_no_more_tasks(gate
     async with serving(gate, drain_seconds=5) as (_, client, queue):
         task_id = await bring_to("running", queue, gate)
         asyncio.get_running_loop().call_later(4, gate.let_go, "it", "done")
-        queue.stop_watching()
+        queue.begin_shutdown()
         answer = await client.post("/tasks", json={"task_type": "send_email"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert (queue.get_task(task_id).status, now()) == ("completed", pytest.approx(4, abs=0.001))

@@ -602,7 +602,7 @@ class QueueMachine(RuleBasedStateMachine):
     def hear_the_signal(self, chance: int) -> None:
         """What the server does at once when it is told to stop; the lifespan ends later."""
         if chance == 0:
-            self.loop.call(self.queue.stop_watching)
+            self.loop.call(self.queue.begin_shutdown)
             self.loop.settle()
 
     @precondition(lambda self: self.exiting is None and self.model.submitted > 6)
