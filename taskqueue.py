@@ -125,7 +125,7 @@ PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: Ty
 
 def plain_json(value: Any) -> Any:
     """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError."""
-    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler may return anything. One
+    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler returns anything. One
     # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
     # refused where it comes in: in a payload with a 422, in a result by failing its own task.
     if isinstance(value, Iterator):  # of a handler that yields; to_json() would run it, here on the event loop
