@@ -580,16 +580,14 @@ async def test_workers_whose_timeout_is_known_by_its_cause(causes, status, error
     state = queue.get_task(task_id)
     assert (state.status, state.error, state.attempt) == (status, error, 1)
 
-def endless():
-    return endless()
-
 @pytest.mark.parametrize(("misbehave", "named"), [
     (lambda: throw(SystemExit(3)), "SystemExit: 3"), (lambda: throw(asyncio.CancelledError()), "CancelledError"),
     (lambda: throw(ValueError("x")), "ValueError: x"), (lambda: throw(StopIteration()), "StopIteration"),
     (lambda: throw(GeneratorExit()), "GeneratorExit"),
     (lambda: throw(type("Unprintable", (Exception,), {"__str__": None})()), "Unprintable"),
     (lambda: throw(ValueError("\ud800")), "ValueError: ?"), (lambda: throw(ValueError("x" * 10**6)), "ValueError: xxx"),
-    (endless, "RecursionError"), (lambda: throw(ExceptionGroup("two", [ValueError()])), "ExceptionGroup: two"),
+    (lambda: throw(RecursionError()), "RecursionError"),
+    (lambda: throw(ExceptionGroup("two", [ValueError()])), "ExceptionGroup: two"),
     (lambda: throw(KeyboardInterrupt()), "KeyboardInterrupt")])
 @pytest.mark.parametrize("threaded", [False, True], ids=["async def", "def"])
 @real_clock
@@ -795,7 +793,7 @@ asyncio.run(main())
 """
 
 def test_shutdown_lets_the_process_end_whatever_a_handler_does():
-    ran = subprocess.run([sys.executable, "-c", STUBBORN], cwd=HERE, capture_output=True, text=True, timeout=5)
+    ran = subprocess.run([sys.executable, "-c", STUBBORN], cwd=HERE, capture_output=True, text=True, timeout=20)
     assert (ran.returncode, "left behind" in ran.stderr) == (0, True)
 
 async def test_workers_log_names_the_request_and_holds_no_line_of_a_client(caplog):
@@ -1342,7 +1340,7 @@ def watching(client, task_type):
 
 def end(process):
     """Wait for its end; return its exit status, and what is alarming in its output."""
-    output, _ = process.communicate(timeout=5)
+    output, _ = process.communicate(timeout=20)
     return process.returncode, re.findall("Traceback|ERROR|CRITICAL", output)
 
 @posix_only
