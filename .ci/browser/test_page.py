@@ -639,6 +639,7 @@ def test_take_screenshot(serve, visit, scheme):
     server.submit("resize_image", priority=1, delay=120)
     expect(rows(page, "finished")).to_have_count(4, timeout=60_000)
     expect(page.locator("#running [aria-valuenow='50']")).not_to_have_count(0)
+    page.set_viewport_size({"width": 1280, "height": 900})
     path = ROOT / ".github" / f"dashboard-{scheme}.png"
     path.parent.mkdir(exist_ok=True)
     page.screenshot(path=path)
