@@ -24,7 +24,7 @@ The words used throughout:
     attempt      one run of a handler for a task; a retry is the next attempt
     slot         the right to run one attempt; there are `max_workers` of them
     worker loop  the one coroutine that takes a slot, then the best task, and starts an attempt
-    sequence     the number of a submission: the order within one priority, and never a clock
+    sequence     the number of a submission: the order within one priority, and no time of day
     version      the number of a change: a stream sends it as `id:` and gets it back as Last-Event-ID
     watcher      a stream that waits for changes; all it holds is the last version that it sent
 
@@ -61,7 +61,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("taskqueue")
 
 # ===== Settings =======================================================================================================
-# Every knob in one place, with its unit, range and default. The object is frozen, and nothing below reads a global: two
+# Every knob in one place, with its unit, range and default. The object is frozen, and no setting is a global: two
 # apps with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
 @pydantic.dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Settings:
 
 # ===== Models ================================================================================== course module 02 =====
 # What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
-# door, with the place and the reason, and no later section has to doubt what it gets. Nothing here knows of a queue.
+# door, with the place and the reason; only the payload may have keys that its model doesn't name.
 
 class TaskType(StrEnum):
     """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
@@ -126,12 +126,12 @@ class SendEmailPayload(Payload):
 PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: TypeAdapter(Payload))  # @handler fills it
 
 def plain_json(value: Any) -> Any:
-    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError if it can't."""
-    # GOTCHA [bad-result]: json.loads() takes NaN, "\ud800" and any depth, and a handler may return anything at all. One
+    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError."""
+    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and any depth; a handler may return anything. One
     # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
     # refused where it comes in: in a payload with a 422, in a result by failing its own task.
     if isinstance(value, Iterator):  # of a handler that yields; to_json() would run it, here on the event loop
-        raise TypeError("a handler returns its result: it can't yield")
+        raise ValueError("a handler returns its result: it can't yield")
     return from_json(to_json(value, inf_nan_mode="constants"), allow_inf_nan=False)
 
 def parse_payload(task_type: TaskType, payload: dict[str, Any]) -> Any:
@@ -145,7 +145,7 @@ class TaskSubmission(BaseModel):
     """An order for a task. Unknown fields are refused: a typo is a 422, not a surprise."""
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
-    payload: dict[str, JsonValue] = Field({}, examples=[{"url": "https://example.com/dog.jpg", "width": 400}])
+    payload: dict[str, JsonValue] = Field({}, validate_default=True, examples=[{"url": "a.jpg", "width": 400}])
     priority: PlainPriority = Field(Priority.MEDIUM, description="1 high, 5 medium, 10 low")
     max_retries: int = Field(0, ge=0, le=10, description="further attempts after a failed one")
     timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
@@ -172,7 +172,7 @@ class TaskStatus(BaseModel):
     attempt: int = Field(description="0 before the first")
     max_retries: int
     result: Any = Field(description="what the handler returned, once completed")
-    error: str | None = Field(description="why the latest attempt failed")
+    error: str | None = Field(description="why the latest attempt failed, until the next")
     request_id: str | None = Field(description="X-Request-ID of the request that submitted it")
     created_at: datetime
     not_before: datetime | None = Field(description="the end of its delay, or of its latest backoff")
@@ -193,7 +193,7 @@ class TaskStatus(BaseModel):
         return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
-    """One frame of an event stream (HTML standard, 9.2.5). None may be named "error": so EventSource names its own."""
+    """One frame of an event stream (HTML standard, 9.2.5). No event may be named "error", as EventSource's own is."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
 class TaskList(BaseModel):
@@ -204,7 +204,7 @@ class TaskList(BaseModel):
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
 # `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
 # this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
-# The section knows nothing of HTTP, nor of how a task is run.
+# The section knows nothing of HTTP; and of an attempt, only how to stop it.
 
 class QueueError(Exception): """What a caller of the queue can get wrong, or be refused."""
 class TaskNotFound(QueueError): """No such task: the id is wrong, or the task was evicted."""
@@ -225,7 +225,7 @@ class Task:
     """All that is known of one task. Private to the queue and its workers."""
     id: str
     sequence: int
-    created_at: float  # seconds since 1970, as all times in here; TaskStatus makes dates of them
+    created_at: float  # seconds since 1970, as all dates in here; TaskStatus makes datetimes of them
     request_id: str | None
     idempotency_key: str | None
     task_type: TaskType
@@ -249,8 +249,8 @@ class Task:
     stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
-# never gets to the task. With a clock instead, tasks of one priority are shuffled when it ties or steps; with
-# (priority, task) the second entry of a priority raises a TypeError.
+# never gets to the task. With a clock instead, tasks of one priority are shuffled when it steps back, and a tie raises
+# a TypeError, as every second entry of (priority, task) would.
 ReadyEntry = tuple[Priority, int, Task]
 
 class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
@@ -263,8 +263,8 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """Tasks in order of submission, in which to add, remove or page costs no more because there are more of them. They
-    come and go in any order; so they stand in blocks of neighbouring numbers, and a page sorts only those it shows."""
+    """Tasks by sequence, at a cost that doesn't grow with their number. They come and go in any order; so they stand in
+    blocks of neighbouring numbers, and a page sorts only the blocks that it touches."""
     BLOCK = 2048
 
     def __init__(self) -> None:
@@ -299,7 +299,7 @@ class TaskStore:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.stopping = True  # until a TaskQueue is entered
+        self.stopping = True  # until `async with` begins
         self.submitted = self.evicted = self.watchers = 0
         # WHY from the clock and not from 0: a client may come back with the Last-Event-ID of an earlier life of this
         # server, so each life must number its changes above those of all lives before.
@@ -309,8 +309,8 @@ class TaskStore:
         self._shelves = {status: Shelf() for status in Status}
         self._ready = ReadyHeap()
         self._finished: deque[Task] = deque()  # in the order in which they finished
-        self._keys: dict[str, tuple[Task, bytes]] = {}  # by idempotency key; the bytes tell whose body it was
-        self._waiting: dict[Task | None, asyncio.Event] = {}  # under None: for a change of any task
+        self._keys: dict[str, tuple[Task, bytes]] = {}  # by idempotency key, with a hash of its submission
+        self._events: dict[Task | None, asyncio.Event] = {}  # what watchers wait on; None: any change
 
     # -- what callers use
     def submit(self, submission: TaskSubmission, request_id: str | None = None,
@@ -354,14 +354,14 @@ class TaskStore:
         return self._shelves[status].count
 
     def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
-        """Cancel a waiting task at once; with `force`, ask a running one to stop. It is `running` until its handler has
-        let go, and so it is returned here. Raises TaskNotFound, and TaskNotCancellable."""
+        """Cancel a waiting task at once; with `force`, ask a running one to stop. That one is returned as `running`: it
+        is so until its handler has let go. Raises TaskNotFound, and TaskNotCancellable."""
         task = self._find(task_id)
         if task.status is Status.PENDING:
             self._move(task, Status.CANCELLED)
-            # GOTCHA [lazy-cancel]: nothing can be taken from the middle of a heap. The entry of a cancelled task stays
-            # until it is popped, where `worker_loop` skips it. But while the workers are busy nothing is popped: submit
-            # and cancel all day, and memory is full. So the dead are swept out once they are a tenth of the heap.
+            # GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. That of a cancelled task stays
+            # until it is popped, where `worker_loop` skips it. But while no slot is free nothing is popped: submit
+            # and cancel all day, and memory is full. So once too many of its entries are dead, the heap is swept.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
         elif task.status is Status.RUNNING and force:
@@ -384,7 +384,7 @@ class TaskStore:
         try:
             # GOTCHA [snapshot-then-subscribe]: read the state, then subscribe, and a change between the two is lost;
             # subscribe first, and older events follow a newer state. Here there is nothing to subscribe to: look, and
-            # wait if there is nothing new. No await lies between the two, so nothing can happen there.
+            # wait if there is nothing new. Nothing runs between the two, for the loop is not let go before the wait.
             # GOTCHA [slow-reader]: with a queue for each watcher, a browser on a bad line has us keep all that it has
             # not read. One that holds just a number wakes up to the latest state; what it missed is kept nowhere.
             while True:
@@ -422,19 +422,19 @@ class TaskStore:
 
     async def _next_change(self, of: Task | None) -> None:
         """Wait until `of` changes (None: until any task does), or the queue stops."""
-        if not (event := self._waiting.get(of)):
-            event = self._waiting[of] = asyncio.Event()
+        if not (event := self._events.get(of)):
+            event = self._events[of] = asyncio.Event()
         await event.wait()
 
     def _wake(self, of: Task | None) -> None:
         """Fire the event, once, for all who wait for it; who waits next makes a new one. Unwatched tasks have none."""
-        if event := self._waiting.pop(of, None):
+        if event := self._events.pop(of, None):
             event.set()
 
     def stop_watching(self) -> None:
         """From now on take no new tasks, and end every watch; what runs, runs on."""
         self.stopping = True
-        for of in list(self._waiting):
+        for of in list(self._events):
             self._wake(of)
 
     # -- the owners of the facts
@@ -454,8 +454,8 @@ class TaskStore:
         self.version += 1
         task.version = self.version
         task.view = None
-        self._tasks[task.id] = self._tasks.pop(task.id, task)  # to the end: it changed last
-        if self._waiting:
+        self._tasks[task.id] = self._tasks.pop(task.id, task)  # a new one comes in; a known one moves to the end
+        if self._events:
             self._wake(task)
             self._wake(None)
 
@@ -465,8 +465,8 @@ class TaskStore:
         entry = (task.priority, task.sequence, task)
         if delay > 0:
             task.not_before = time.time() + delay
-            # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in a worker keeps its slot all the while; a
-            # few tasks that fail, and nothing else runs. A timer holds nothing.
+            # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in the attempt keeps its slot all the while;
+            # a few tasks that fail, and nothing else runs. A timer holds nothing.
             task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
         else:
             self._ready.put_nowait(entry)
@@ -474,7 +474,7 @@ class TaskStore:
     def _move(self, task: Task, status: Status, result: Any = None, error: str | None = None) -> None:
         """Move a task to another state: the one writer of `status`."""
         # GOTCHA [terminal-is-final]: a cancel and a completion can meet in one step of the loop. Where each just
-        # writes, the later one wins, and a stream sends two endings. Here the first one wins.
+        # writes, the later one wins, and a stream sends two endings. Here the first one wins; a second one raises.
         if status not in TRANSITIONS[task.status]:
             raise IllegalTransition(f"task {task.id}: {task.status} → {status}")
         if task.timer:
@@ -487,7 +487,7 @@ class TaskStore:
         self._changed(task)
         if status in FINAL:
             # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
-            # can hit one that still runs. In this line stand only the finished.
+            # can hit one that still runs. `_finished` holds no others.
             self._finished.append(task)
             if len(self._finished) > self.settings.keep_finished:
                 self._evict(self._finished.popleft())
@@ -509,8 +509,8 @@ class TaskStore:
         if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
             task.stop_cause = cause
             # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
-            # its code, not even a `finally`: a slot that is given back there is lost, and the task `running` for ever.
-            # call_soon() is first in, first out, and the first step was put in there before.
+            # its code, not even a `finally`. So `_settle` would not be called: the slot lost, the task `running` for
+            # ever. call_soon() is first in, first out, and the first step was put in there before.
             task.run.get_loop().call_soon(task.run.cancel)
 
 # ===== Handlers ================================================================================ course module 05 =====
@@ -522,7 +522,7 @@ UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises Valu
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 HANDLERS: dict[TaskType, Handler] = {}
 is_async = functools.cache(inspect.iscoroutinefunction)
-current_settings = ContextVar("current_settings", default=Settings())  # how the simulated ones learn of their pace
+current_settings = ContextVar("current_settings", default=Settings())  # an argument to all in its context
 
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
     """Register the function below for `task_type`; the annotation of its payload is the validation."""
@@ -536,7 +536,7 @@ def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
 async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
                        handlers: Mapping[TaskType, Handler] | None = None) -> Any:
     """Call the handler of `task_type` and return its result; a plain dict is validated first.
-    Raises ValidationError for such a dict, LookupError if there is no handler, and what the handler raises."""
+    Raises ValidationError for a bad dict, LookupError if there is no handler, and what the handler raises."""
     function = (HANDLERS if handlers is None else handlers).get(task_type)
     if function is None:
         raise LookupError(f"no handler is registered for {task_type}")
@@ -547,7 +547,7 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
     return await run_in_thread(function, payload, update_progress)
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
-    """Call a plain `def` handler in a thread, and return or raise what it does once it has ended.
+    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did.
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
     WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
@@ -572,7 +572,7 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
     threading.Thread(target=copy_context().run, args=(work,), name="handler", daemon=True).start()
     while not ended.done():
         try:
-            await asyncio.wait([ended])  # unlike `await ended`, this leaves it alone when it is cancelled
+            await asyncio.wait([ended])  # unlike `await ended`, a cancel of us leaves it alone
         except asyncio.CancelledError:
             stopped.set()
     result, error = ended.result()
@@ -617,7 +617,7 @@ async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress)
     return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
 
 # ===== Workers ================================================================================= course module 05 =====
-# Those who run the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
+# What runs the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
 # and whatever its end, `_settle` deals with it: there the slot is given back that `worker_loop` took. No HTTP here.
 
 def backoff_delay(attempt: int, settings: Settings) -> float:
@@ -636,8 +636,8 @@ def describe(error: BaseException) -> str:
 
 class TaskQueue(TaskStore):
     """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
-    Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are cancelled; and
-    what has not ended by then ends as `cancelled`."""
+    Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are asked to
+    stop; and all that is left ends as `cancelled`."""
     STUBBORN_SECONDS = 0.2  # how long a stop waits for handlers that ignore their cancellation
 
     def __init__(self, settings: Settings | None = None, handlers: Mapping[TaskType, Handler] | None = None) -> None:
@@ -691,8 +691,8 @@ class TaskQueue(TaskStore):
         """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
-            # GOTCHA [slot-before-get]: take the task first, then wait for a slot, and one is always in hand: a LOW that
-            # runs before the HIGH that comes while it waits. Under load, when priority matters, none is left.
+            # GOTCHA [slot-before-get]: take a task first, wait for a slot with it in hand, and that LOW runs before the
+            # HIGH that came meanwhile. With the slot first, the best task is chosen when it can start.
             await self._slots.acquire()
             try:
                 _, _, task = await self._ready.get()
@@ -781,13 +781,13 @@ class TaskQueue(TaskStore):
 # between app and server. Behind it the app no longer hears that its client has gone, context variables don't pass, and
 # streams are hard to stop. What stands here only looks at messages that go by.
 
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
-BOUNDS = [*map(str, BUCKETS), "+Inf"]
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
+LABELS = [*map(str, BOUNDS), "+Inf"]
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 class Metrics:
     """Counts the requests to each route, and how long they took.
-    GOTCHA [raw-path-labels]: counted by URL, every task makes a series of its own, and a scanner millions. Route
+    GOTCHA [raw-path-labels]: counted by URL, every task makes a counter of its own, and a scanner millions. Route
     templates are few. A method is a client's free text too."""
 
     def __init__(self) -> None:
@@ -797,10 +797,10 @@ class Metrics:
 
     def record(self, route: tuple[str, str], status: int, seconds: float) -> None:
         if route not in self.statuses:
-            self.statuses[route], self.buckets[route] = Counter(), [0] * len(BOUNDS)
+            self.statuses[route], self.buckets[route] = Counter(), [0] * len(LABELS)
         self.statuses[route][status] += 1
         self.seconds[route] += seconds
-        self.buckets[route][bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.buckets[route][bisect.bisect_left(BOUNDS, seconds)] += 1
 
     def as_json(self) -> dict[str, Any]:
         counts = sum(self.statuses.values(), Counter[int]())
@@ -808,7 +808,7 @@ class Metrics:
                 "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, counts.total()), 3),
                 "routes": {" ".join(route): {
                     "count": sum(buckets), "avg_duration_ms": round(1000 * self.seconds[route] / sum(buckets), 3),
-                    "up_to_seconds": {le: n for le, n in zip(BOUNDS, buckets, strict=True) if n},
+                    "up_to_seconds": {le: n for le, n in zip(LABELS, buckets, strict=True) if n},
                 } for route, buckets in self.buckets.items()}}
 
     def as_prometheus(self) -> Iterator[str]:
@@ -820,7 +820,7 @@ class Metrics:
                 yield f'taskqueue_http_requests_total{{{labels[route]},status="{status}"}} {n}'
         yield "# TYPE taskqueue_http_request_seconds histogram"
         for route, buckets in self.buckets.items():
-            for le, n in zip(BOUNDS, itertools.accumulate(buckets), strict=True):
+            for le, n in zip(LABELS, itertools.accumulate(buckets), strict=True):
                 yield f'taskqueue_http_request_seconds_bucket{{{labels[route]},le="{le}"}} {n}'
             yield f"taskqueue_http_request_seconds_sum{{{labels[route]}}} {self.seconds[route]:.6f}"
             yield f"taskqueue_http_request_seconds_count{{{labels[route]}}} {sum(buckets)}"
@@ -1003,7 +1003,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes ma
         "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}}}
 
 def queue_of(request: Request) -> TaskQueue:
-    """WHY not Depends(): FastAPI would solve it for each request, at a tenth of what the whole request costs."""
+    """The app's queue. WHY not Depends(): FastAPI would resolve it for each request, at a tenth of its whole cost."""
     return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
 
 LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
@@ -1043,7 +1043,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
     # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
     # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
-    # the signal and sets `shutdown_event`, but that wakes no generator; so here `set` has the queue end all watches.
+    # the signal and calls `shutdown_event.set()`: on an object of ours, whose `set` has the queue end all watches.
     settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
                                shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
@@ -1090,7 +1090,7 @@ async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
     yield SHUTDOWN_FRAME
 
 def overview(queue: TaskQueue) -> dict[str, Any]:
-    """The queue in numbers; `life` tells one start of the server from another."""
+    """The queue in numbers. `life` tells one start of the server from another."""
     tasks = {status.value: queue.count(status) for status in Status}
     return {"life": queue.first_version, "workers": queue.settings.max_workers, "watchers": queue.watchers,
             "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
@@ -1156,7 +1156,7 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     return app
 
 def warn_of_more_processes() -> None:
-    """SIMPLIFIED: the queue lives in this process. With more of them, production has a broker outside."""
+    """SIMPLIFIED: the queue lives in this one process. Production has several, and a broker outside of them."""
     words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
     if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
         logger.warning("more than one process: each has a queue of its own, whose tasks are a 404 in the others")
@@ -1164,7 +1164,7 @@ def warn_of_more_processes() -> None:
 app = create_app()
 
 # ===== Demo ===========================================================================================================
-# `python taskqueue.py` serves the app above, and then uses it as any client would: over HTTP, with httpx. Each step of
+# `python taskqueue.py` serves such an app, and then uses it as any client would: over HTTP, with httpx. Each step of
 # the tour says what it shows, and checks that it is so.
 
 @dataclass

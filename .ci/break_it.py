@@ -65,7 +65,8 @@ def run(source: str, *tests: str) -> tuple[int, str]:
 def show(name: str) -> None:
     entry = BREAKS[name]
     print(f"GOTCHA [{name}]\n\n  {gotchas(MODULE)[name]}\n\nThe edit that brings it back:\n")
-    diff = difflib.unified_diff(MODULE.splitlines(), broken(name).splitlines(), "taskqueue.py", "broken", n=2, lineterm="")
+    before, after = MODULE.splitlines(), broken(name).splitlines()
+    diff = difflib.unified_diff(before, after, "taskqueue.py", "broken", n=2, lineterm="")
     print("\n".join(diff))
     status, output = run(broken(name), entry["test"])
     print(f"\n{entry['test']} is now {'red' if status == 1 else 'NOT RED'}:\n\n{output}")

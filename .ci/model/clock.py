@@ -1,0 +1,74 @@
+"""An event loop whose clock is turned by hand: hours of backoff take milliseconds, and no test sleeps."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time stands still while anything is ready to run, and jumps from timer to timer in `advance`.
+
+    It is driven from outside, one iteration at a time, so that a test can look at, and act on, any moment between two
+    of them. `after_iteration` is called after each."""
+
+    STEPS = 10_000  # more iterations than that without a rest are a livelock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.after_iteration: Callable[[], None] = lambda: None
+        self.errors: list[dict[str, object]] = []
+        self.set_exception_handler(lambda _, context: self.errors.append(context))
+
+    def time(self) -> float:
+        return self.now
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call `function` in the running loop, in an iteration of its own, and return or raise what it does."""
+        answer: asyncio.Future[T] = self.create_future()
+
+        def callback() -> None:
+            try:
+                answer.set_result(function())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.call_soon(callback)
+        while not answer.done():
+            self.iterate()
+        return answer.result()
+
+    def iterate(self) -> None:
+        """One turn of the loop: what is ready now runs, what it makes ready waits for the next turn."""
+        self.stop()
+        self.run_forever()
+        self.after_iteration()
+
+    @property
+    def next_timer(self) -> float:
+        """When the first live timer is due; infinity if there is none."""
+        return min((timer.when() for timer in self._scheduled if not timer.cancelled()), default=float("inf"))
+
+    @property
+    def is_quiet(self) -> bool:
+        return not self._ready and self.next_timer > self.now
+
+    def settle(self) -> None:
+        """Run all that can run without the clock moving."""
+        for _ in range(self.STEPS):
+            if self.is_quiet:
+                return
+            self.iterate()
+        raise AssertionError(f"never quiet: {list(self._ready)[:5]}")
+
+    def advance(self, seconds: float) -> None:
+        """Turn the clock on by `seconds`, stopping at each timer on the way."""
+        until = self.now + seconds
+        self.settle()
+        while (due := self.next_timer) <= until:
+            self.now = due
+            self.settle()
+        self.now = until
+        self.settle()
