@@ -889,18 +889,18 @@ PAGE = """<!doctype html><html lang=en><title>taskqueue</title><meta name=viewpo
 * { --tone: color-mix(in srgb, var(--hue, #1976f2), var(--ink) 45%); box-sizing: border-box; margin: 0; padding: 0;
   font: inherit; color: var(--ink); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .pending { --hue: #e90; } .completed { --hue: #0b3; } .failed { --hue: #f22; } .cancelled { --hue: gray; }
+header, section, li, form { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: center; }
 body, aside, form { display: grid; gap: .7rem; align-content: start; padding: .8rem; } aside { padding: 0; }
-header, section, li { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: center; }
 h1, h2, strong { display: block; font-weight: 650; font-size: 2rem; } h2 { font-size: 1.2rem; padding: .7rem 0 .2rem; }
-p, form, ol { background: var(--card); border-radius: .5rem; } #pending { max-height: 36vh; overflow: auto; }
+p, form, ol { background: var(--card); border-radius: .5rem; } #pending { max-height: 30vh; overflow: auto; }
 p { flex: 1 0 6.5rem; padding: .4rem .5rem; border-top: .25rem solid var(--tone); } label { display: contents; }
 form { grid-template-columns: auto 1fr; } form button { grid-column: span 2; } button:empty { display: none; }
 label > *, button, b { padding: .2rem .5rem; background: none; border: 1px solid; border-radius: .4rem; min-width: 0; }
 form button, .HIGH b { background: var(--ink); color: var(--card); } small, time { color: light-dark(#567, #abc); }
 li { position: relative; padding: .3em 1em; border-bottom: 1px solid #8883; } small { font-weight: 400; }
-li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8em; padding: 0; }
-i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); }
-@media (min-width: 62rem) { body { grid-template: auto 1fr / 15rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1.5rem; }
+li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8em; }
+i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); } li button, b { padding: 0; }
+@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1.5rem; }
   li { display: grid; grid-template-columns: 6rem 11.5rem 4.5rem minmax(0, 1fr) 4.75rem 5rem; } }
 @media (prefers-reduced-motion: no-preference) { li { animation: arrive .8s; } i { transition: width .5s; } }
 @keyframes arrive { from { background: #8884; } } :focus-visible { outline: 3px solid var(--tone); }

@@ -424,8 +424,8 @@ def test_shutdown_is_announced_and_the_next_server_shows_its_own_truth(serve, vi
 def test_a_lost_connection_is_said_and_mended(serve, visit):
     server = serve(*SLOW)
     page = visit(server)
-    server.submit()
-    expect(rows(page, "running")).to_have_count(1)
+    server.client.delete(f"/tasks/{server.submit(delay=600)}")
+    expect(rows(page, "finished")).to_have_count(1)
     server.stop()
     expect(page.locator("#state")).to_have_text("Connection lost, trying again…")
     serve(*SLOW, port=server.port)
@@ -437,9 +437,12 @@ def test_a_stream_that_was_refused_is_tried_again(serve, visit):
     """EventSource itself gives up when it is answered with anything but a stream: a proxy's 502, say."""
     server = serve(*SLOW)
     page = visit(server)
-    page.route("**/events", lambda route: route.fulfill(status=502), times=2)
-    page.evaluate("connect()")
+    page.route("**/events", lambda route: route.fulfill(status=502))
+    with page.expect_response("**/events"):
+        server.stop()
     expect(page.locator("#state")).to_have_text("Connection lost, trying again…")
+    server = serve(*SLOW, port=server.port)
+    page.unroute_all()
     server.submit()
     expect(page.locator("#state")).to_have_text("● Live")
     expect(rows(page, "running")).to_have_count(1)
@@ -636,6 +639,7 @@ def test_take_screenshot(serve, visit, scheme):
     server.submit("resize_image", priority=1, delay=120)
     expect(rows(page, "finished")).to_have_count(4, timeout=60_000)
     expect(page.locator("#running [aria-valuenow='50']")).not_to_have_count(0)
+    page.set_viewport_size({"width": 1280, "height": 900})
     path = ROOT / ".github" / f"dashboard-{scheme}.png"
     path.parent.mkdir(exist_ok=True)
     page.screenshot(path=path)
