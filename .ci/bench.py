@@ -34,22 +34,21 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / ".work" / "bench"
-CORES = sorted(os.sched_getaffinity(0))
+CORES = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+NEEDED = ("fastapi", "uvicorn", "sse_starlette", "httpx", "taskiq", "huey", "aiojobs")
 Row = tuple[str, ...]
 
 
 def install() -> None:
     """Go on in a venv of our own if what is to be measured isn't installed in this one."""
-    if all(importlib.util.find_spec(name) for name in ("fastapi", "taskiq", "huey", "aiojobs")):
+    if all(importlib.util.find_spec(name) for name in NEEDED):
         return
-    python = WORK / "bin" / "python"
-    if sys.prefix == str(WORK):
-        sys.exit(f"{WORK} is not complete: remove it, or install requirements.txt and .ci/requirements-bench.txt there")
-    if not python.exists():
-        print(f"Installing what is to be measured into {WORK}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", WORK], check=True)
-    files = HERE.parent / "requirements.txt", HERE / "requirements-bench.txt"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", files[0], "-r", files[1]], check=True)
+    python, files = WORK / "bin" / "python", [HERE.parent / "requirements.txt", HERE / "requirements-bench.txt"]
+    print(f"Installing what is to be measured into {WORK}", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", WORK])
+    got = subprocess.run([python, "-m", "pip", "install", "-q", "-r", files[0], "-r", files[1]])
+    if made.returncode or got.returncode or sys.prefix == str(WORK):
+        sys.exit(f"That failed. Install {files[0]} and {files[1]} into a venv, and run this with its Python.")
     os.execv(python, [python, *sys.argv])
 
 
@@ -262,10 +261,10 @@ def bare_app(tq: Any) -> Any:
     return app
 
 
-def serve(tq: Any, name: str, port: int) -> None:
+def serve(tq: Any, name: str, port: str, core: str) -> None:
     import uvicorn
 
-    os.sched_setaffinity(0, {CORES[0]})
+    os.sched_setaffinity(0, {int(core)})
     app = our_app(tq) if name == "taskqueue" else bare_app(tq)
 
     @app.get("/start")
@@ -278,7 +277,7 @@ def serve(tq: Any, name: str, port: int) -> None:
         return {"cpu": time.process_time(), "memory": resident_bytes(),
                 "unfinished": queue.count("pending") + queue.count("running") if queue else 0}
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", access_log=False)
 
 
 def resident_bytes() -> int:
@@ -291,7 +290,7 @@ class Client:
     def __init__(self, path: str, name: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
-        command = [sys.executable, __file__, "serve", name, str(self.port), "--file", path]
+        command = [sys.executable, __file__, "serve", name, str(self.port), str(CORES[0]), "--file", path]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(200):
             with contextlib.suppress(OSError):
@@ -586,9 +585,11 @@ def main() -> None:
     parser.add_argument("--file", default=str(HERE.parent / "taskqueue.py"), help="a copy of taskqueue.py to measure")
     args = parser.parse_args()
     if args.sections[0] == "serve":  # this is one of the servers that the sections start
-        return serve(load_module(args.file), args.sections[1], int(args.sections[2]))
+        return serve(load_module(args.file), *args.sections[1:])
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(unknown)}")
+    if sys.platform != "linux":
+        sys.exit("The benchmark runs on Linux only.")
     install()
     os.sched_setaffinity(0, {CORES[-1]})
     print(f"Python {sys.version.split()[0]}, {len(CORES)} cores")

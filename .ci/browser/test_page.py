@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ import pytest
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync"]
 SLOW = ("--pace", "100", "--failure-rate", "0")  # what runs, runs on: the picture stands still
 FAST = ("--pace", "0.02", "--failure-rate", "0", "--backoff-base", "0.05")
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 
 # What a browser reports by itself for the refusals that the tests provoke.
-EXPECTED = re.compile(r"Failed to load resource: .*(409|422|502|503|ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_EMPTY)")
+EXPECTED = re.compile("Failed to load resource: .*(409|422|502|503|ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED)")
 
 # Runs before the page's own script: counts its streams, and hears of all that its policy forbids.
 INIT = """
@@ -101,8 +102,9 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         problems: list[str] = []
         page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: request.url.startswith((server.url, "data:")) or problems.append(request.url))
-        page.on("response", lambda response: response.status == 404 and problems.append(f"404: {response.url}"))
+        ours = (server.url, "data:")
+        page.on("request", lambda request: request.url.startswith(ours) or problems.append(request.url))
+        page.on("response", lambda response: response.status == 404 and problems.append(response.url))
         page.add_init_script(INIT)
         page.set_default_timeout(15_000)
         visits.append((page, problems))
@@ -263,11 +265,10 @@ def test_hostile_text_is_shown_as_text(serve, visit):
     server.submit(payload={"to": HOSTILE})
     server.submit(payload={"to": HOSTILE + ".invalid"})
     expect(rows(page, "finished").filter(has_text=HOSTILE)).to_have_count(2)
-    page.get_by_label("Payload").fill('{"to": 5, "%s": "%s"}' % (HOSTILE, HOSTILE))
-    page.get_by_label("Type").select_option("send_email")
+    page.get_by_label("Retries").fill(f'0, "{HOSTILE}": 1')
     page.get_by_role("button", name="Submit").click()
-    expect(answer(page)).to_contain_text("422")
-    assert page.locator("img, script:not(:scope > script)").count() <= 1  # the page's own script
+    expect(answer(page)).to_have_text(f"422 body.{HOSTILE}: Extra inputs are not permitted")
+    assert page.evaluate("document.images.length + document.scripts.length") == 1  # the page's own script
 
 
 def test_hostile_fields_of_a_frame_are_shown_as_text(serve, visit):
@@ -465,14 +466,14 @@ def test_narrow_screen_has_no_sideways_scrolling(serve, visit):
     server.submit(payload={"to": "y" * 400 + ".invalid"})
     server.submit("generate_report", delay=600, priority=1)
     expect(rows(page, "finished")).to_have_count(2)
-    page.get_by_label("Payload").fill('{"width": "%s"}' % ("z" * 300))
+    page.get_by_label("Retries").fill(f'0, "{"z" * 300}": 1')
     page.get_by_role("button", name="Submit").click()
-    expect(answer(page)).to_contain_text("422")
+    expect(answer(page)).to_contain_text("zzz: Extra inputs")
     for width in (375, 320):
         page.set_viewport_size({"width": width, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        outside = "[...document.querySelectorAll('body *')].filter(n => n.getBoundingClientRect().right > innerWidth + 1)"
-        assert page.evaluate(f"{outside}.length") == 0
+        ends = page.evaluate("[...document.querySelectorAll('body *')].map(node => node.getBoundingClientRect().right)")
+        assert max(ends) <= width
 
 
 def test_keyboard_reaches_everything_with_visible_focus(serve, visit):
@@ -482,19 +483,16 @@ def test_keyboard_reaches_everything_with_visible_focus(serve, visit):
     server.submit()
     expect(rows(page, "pending")).to_have_count(1)
     reachable = page.locator("a:visible, button:visible, input:visible, select:visible, textarea:visible").count()
-    order = []
+    outlines, parts = [], []
     for _ in range(reachable):
         page.keyboard.press("Tab")
-        order.append(page.evaluate("""() => {
-            const node = document.activeElement, style = getComputedStyle(node), box = node.getBoundingClientRect();
-            node.reached = true;
-            return {visible: style.outlineStyle === "solid" && parseFloat(style.outlineWidth) >= 2,
-                    place: [box.left > 300 && box.top > 120, node.tagName]};
-        }"""))
-    assert all(stop["visible"] for stop in order)
-    unreached = "[...document.querySelectorAll('a, button, input, select, textarea')].filter(n => !n.reached)"
+        focused = page.locator(":focus")
+        outlines.append(focused.evaluate("node => getComputedStyle(node).outline"))
+        parts.append(focused.evaluate("node => { node.reached = true; return node.closest('body > *').tagName; }"))
+    assert all(re.search(r"\bsolid 3px$", outline) for outline in outlines)
+    unreached = "[...document.querySelectorAll('a, button, input, select, textarea')].filter(node => !node.reached)"
     assert page.evaluate(f"{unreached}.map(node => node.outerHTML)") == []
-    assert [stop["place"][0] for stop in order] == sorted(stop["place"][0] for stop in order)  # first the form, then rows
+    assert list(dict.fromkeys(parts)) == ["HEADER", "ASIDE", "MAIN"]  # as they stand on the screen
 
 
 def test_keyboard_cancels_and_keeps_its_place(serve, visit):
@@ -594,31 +592,34 @@ def test_contrast(serve, visit, scheme):
 
 
 FRAMES = """async () => {
-    const gaps = [];
-    let last = performance.now();
+    const gaps = [], began = performance.now();
+    let changes = 0, last = began;
+    streams.at(-1).addEventListener("task", () => { changes += 1; });
     while (gaps.length < 240) {
         const now = await new Promise(requestAnimationFrame);
         gaps.push(now - last);
         last = now;
     }
     gaps.sort((a, b) => a - b);
-    return {median: gaps[120], late: gaps[228], worst: gaps[239]};
+    const rate = 1000 * changes / (last - began), nodes = document.querySelectorAll("*").length;
+    return {rate, nodes, median: gaps[120], late: gaps[228]};
 }"""
 
 
 def test_smooth_with_1000_tasks_at_200_changes_a_second(serve, visit):
-    server = serve("--pace", "0.15", "--failure-rate", "0", "--max-workers", "8")
+    """The bounds are wide, as the machine may be busy and draws without a graphics card. Gaps in milliseconds."""
+    server = serve("--pace", "0.15", "--failure-rate", "0", "--max-workers", "14")
     page = visit(server, reduced_motion="no-preference")
+    start = time.monotonic() + 6
     for number in range(1000):
-        server.submit(priority=(1, 5, 10)[number % 3])
-    before = float(server.client.get("/metrics", headers={"Accept": "application/json"}).json()["queue"]["tasks"]["completed"])
-    frames = page.evaluate(FRAMES)
-    tasks = server.client.get("/health").json()["tasks"]
-    print(frames, before, tasks)
-    assert tasks["completed"] - before > 100
-    assert frames["median"] < 50
-    assert frames["late"] < 250
-    assert page.evaluate("document.querySelectorAll('*').length") < 1500
+        server.submit(priority=(1, 5, 10)[number % 3], delay=max(0, start - time.monotonic()))
+    expect(rows(page, "running")).not_to_have_count(0)
+    measured = page.evaluate(FRAMES)
+    print(measured)
+    assert measured["rate"] > 200
+    assert measured["median"] < 50
+    assert measured["late"] < 250
+    assert measured["nodes"] < 1500
 
 
 # ===== The README's pictures ==========================================================================================
