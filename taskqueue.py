@@ -899,15 +899,7 @@ form button, .HIGH b { background: var(--ink); color: var(--card); } small, time
 li { position: relative; padding: .3em 1em; border-bottom: 1px solid #8883; } small { font-weight: 400; }
 li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8em; }
 i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); } li button, b { padding: 0; }
-<<<<<<< HEAD
-@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 2rem; }
-=======
-<<<<<<< HEAD
 @media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1rem; }
-=======
-@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); padding: 1.4rem; }
->>>>>>> main
->>>>>>> page
   li { display: grid; grid-template-columns: 6rem 11.5rem 4.5rem minmax(0, 1fr) 4.75rem 5rem; } }
 @media (prefers-reduced-motion: no-preference) { li { animation: arrive .8s; } i { transition: width .5s; } }
 @keyframes arrive { from { background: #8884; } } :focus-visible { outline: 3px solid var(--tone); }
