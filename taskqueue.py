@@ -6,7 +6,6 @@
 """An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
 
 The life of one task, from its request to the last frame of its stream:
-
     POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
                     refuses bad input     │         best first         delay and    │
                                           ▼             │              backoff      │ retry
@@ -32,14 +31,13 @@ Read it top to bottom; no section needs to know those below it:
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
 `WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
 test of that name. `SIMPLIFIED` says what production would do instead.
-
 `python taskqueue.py` is a live demo, `uvicorn taskqueue:app --reload` the service alone, `python -m pytest` its proof.
 """
 
-import argparse, asyncio, base64, bisect, contextlib, functools, gc, hashlib, heapq, inspect, itertools, json, logging
+import argparse, asyncio, base64, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
 import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -55,7 +53,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, S
 from pydantic import ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json, to_json
 from sse_starlette.event import ServerSentEvent
-from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
@@ -127,7 +125,7 @@ PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: Ty
 
 def plain_json(value: Any) -> Any:
     """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError."""
-    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and any depth; a handler may return anything. One
+    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler returns anything. One
     # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
     # refused where it comes in: in a payload with a 422, in a result by failing its own task.
     if isinstance(value, Iterator):  # of a handler that yields; to_json() would run it, here on the event loop
@@ -317,9 +315,8 @@ class TaskStore:
                idempotency_key: str | None = None) -> TaskStatus:
         """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
-        key = idempotency_key
-        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if key else b""
-        if key and (earlier := self._keys.get(key)):
+        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
+        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
             if earlier[1] != fingerprint:
                 raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
             return TaskStatus.model_validate(earlier[0])
@@ -330,12 +327,12 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, key, submission.task_type,
-                    submission.priority, submission.payload, submission.max_retries, submission.timeout)
+        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, idempotency_key,
+            submission.task_type, submission.priority, submission.payload, submission.max_retries, submission.timeout)
         self._all.add(task)
         self._shelves[Status.PENDING].add(task)
-        if key:
-            self._keys[key] = task, fingerprint
+        if idempotency_key:
+            self._keys[idempotency_key] = task, fingerprint
         self._schedule(task, submission.delay)
         self._changed(task)
         return TaskStatus.model_validate(task)
@@ -367,16 +364,16 @@ class TaskStore:
         elif task.status is Status.RUNNING and force:
             self._stop(task, "cancel")
         else:
-            raise TaskNotCancellable(f"The task is {task.status}: it can't be cancelled")
+            raise TaskNotCancellable(f"The task is {task.status}: pending ones can be cancelled, running ones by force")
         return TaskStatus.model_validate(task)
 
     # -- watching
-    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncIterator[TaskStatus]:
+    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncGenerator[TaskStatus, None]:
         """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
         final one, or until the queue stops. Raises TaskNotFound, and at once."""
         return self._watch(self._find(task_id), last_event_id)
 
-    async def _watch(self, task: Task, sent: int) -> AsyncIterator[TaskStatus]:
+    async def _watch(self, task: Task, sent: int) -> AsyncGenerator[TaskStatus, None]:
         sent = sent if sent <= task.version else 0  # junk, if the task never had that version
         # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
         # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
@@ -398,7 +395,7 @@ class TaskStore:
         finally:
             self.watchers -= 1
 
-    async def watch_all(self, last_event_id: int = 0) -> AsyncIterator[list[TaskStatus]]:
+    async def watch_all(self, last_event_id: int = 0) -> AsyncGenerator[list[TaskStatus], None]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
         none); then what changes, until the queue stops."""
@@ -427,11 +424,11 @@ class TaskStore:
         await event.wait()
 
     def _wake(self, of: Task | None) -> None:
-        """Fire the event, once, for all who wait for it; who waits next makes a new one. Unwatched tasks have none."""
+        """Fire the event, once, for all who wait for it; who waits next makes a new one."""
         if event := self._events.pop(of, None):
             event.set()
 
-    def stop_watching(self) -> None:
+    def begin_shutdown(self) -> None:
         """From now on take no new tasks, and end every watch; what runs, runs on."""
         self.stopping = True
         for of in list(self._events):
@@ -521,7 +518,6 @@ class TaskStore:
 UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 HANDLERS: dict[TaskType, Handler] = {}
-is_async = functools.cache(inspect.iscoroutinefunction)
 current_settings = ContextVar("current_settings", default=Settings())  # an argument to all in its context
 
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
@@ -542,9 +538,10 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
         raise LookupError(f"no handler is registered for {task_type}")
     if isinstance(payload, dict):
         payload = parse_payload(task_type, payload)
-    if is_async(function):
+    if inspect.iscoroutinefunction(function):
         return await function(payload, update_progress)
-    return await run_in_thread(function, payload, update_progress)
+    result = await run_in_thread(function, payload, update_progress)
+    return await result if inspect.isawaitable(result) else result  # of a `def` that wraps an `async def`
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
     """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did.
@@ -580,10 +577,8 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
         raise error or asyncio.CancelledError()
     return result
 
-# The three handlers of the service only simulate: they sleep through their stages and, now and then, fail.
-
 def simulate(stages: list[str], seconds: float) -> Iterator[tuple[float, float]]:
-    """For each stage yield how long it takes, and how many per cent are done then; maybe fail after one."""
+    """The handlers below only simulate. Yield, for each stage, its seconds and the per cent done then; maybe fail."""
     settings = current_settings.get()
     fails_at = random.choice(stages) if random.random() < settings.failure_rate else None
     for number, stage in enumerate(stages, start=1):
@@ -646,7 +641,8 @@ class TaskQueue(TaskStore):
         # GOTCHA [one-loop]: asyncio's primitives belong to the event loop in which they are first waited for. Made at
         # import, they break in the second app, or the second test, of a process. So each queue makes its own.
         self._slots = asyncio.Semaphore(self.settings.max_workers)
-        self._alarm: asyncio.TimerHandle | None = None  # rings at the next deadline
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = math.inf  # the next deadline
 
     async def __aenter__(self) -> Self:
         self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
@@ -658,7 +654,7 @@ class TaskQueue(TaskStore):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.stop_watching()
+        self.begin_shutdown()
         self._worker.cancel()
         await asyncio.wait([self._worker])
         await self._wait_for_running(self.settings.drain_seconds)
@@ -709,7 +705,7 @@ class TaskQueue(TaskStore):
         task.started_at, task.deadline = time.time(), self._loop.time() + task.timeout
         self._move(task, Status.RUNNING)
         task.run = self._loop.create_task(self._attempt(task))
-        if self._alarm is None or task.deadline < self._alarm.when():
+        if task.deadline < self._alarm_at:
             self._check_deadlines()
 
     def _check_deadlines(self) -> None:
@@ -722,8 +718,8 @@ class TaskQueue(TaskStore):
                 self._stop(task, "timeout")
         if self._alarm:
             self._alarm.cancel()
-        deadline = min((task.deadline for task in running), default=math.inf)
-        self._alarm = self._loop.call_at(deadline, self._check_deadlines) if deadline < math.inf else None
+        self._alarm_at = min((task.deadline for task in running), default=math.inf)
+        self._alarm = self._loop.call_at(self._alarm_at, self._check_deadlines) if running else None
 
     async def _attempt(self, task: Task) -> None:
         """Run the handler once, and settle what came of it; raises nothing."""
@@ -778,8 +774,8 @@ class TaskQueue(TaskStore):
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
-# between app and server. Behind it the app no longer hears that its client has gone, context variables don't pass, and
-# streams are hard to stop. What stands here only looks at messages that go by.
+# between app and server. Behind it `request.is_disconnected()` stays False, context variables don't come back out,
+# and streams are hard to stop. What stands here only looks at messages that go by.
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
 LABELS = [*map(str, BOUNDS), "+Inf"]
@@ -862,7 +858,8 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive_limited, send_with_id)
         except SendTimeoutError:
-            logger.warning("[%s] a reader has stopped reading its stream: dropped", request_id)
+            # SIMPLIFIED: uvicorn keeps the socket until it is flushed or gone; in production a proxy drops it.
+            logger.warning("[%s] a reader has stopped reading: its stream is ended", request_id)
         except Exception:
             # GOTCHA [unhandled-is-500]: the answer to an unhandled exception is made further out, by Starlette or the
             # server, where no middleware sees it pass and none can count it.
@@ -999,8 +996,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes ma
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "The queue is full, or stops", "headers": {
-        "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}}}
+    503: {"model": Problem, "description": "It is full", "headers": {"Retry-After": {"schema": {"type": "integer"}}}}}
 
 def queue_of(request: Request) -> TaskQueue:
     """The app's queue. WHY not Depends(): FastAPI would resolve it for each request, at a tenth of its whole cost."""
@@ -1044,7 +1040,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
     # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
     # the signal and calls `shutdown_event.set()`: on an object of ours, whose `set` has the queue end all watches.
-    settings, farewell = queue.settings, SimpleNamespace(set=queue.stop_watching)
+    settings, farewell = queue.settings, SimpleNamespace(set=queue.begin_shutdown)
     return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
                                shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
 
@@ -1060,17 +1056,18 @@ async def stream_task(task_id: str, request: Request, last_event_id: LastEventId
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
-    again and again. A 204 tells it to stop (HTML standard, 9.2.3)."""
+    again and again. A 204 tells it to stop (HTML standard, 9.2)."""
     queue, sent = queue_of(request), event_id(last_event_id)
     status = queue.get_task(task_id)
     if status.status in FINAL and sent == status.version:
         return Response(status_code=204)
     return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
-async def task_frames(states: AsyncIterator[TaskStatus]) -> AsyncIterator[bytes]:
+async def task_frames(states: AsyncGenerator[TaskStatus, None]) -> AsyncIterator[bytes]:
     status = None
-    async for status in states:
-        yield status.progress_frame
+    async with contextlib.aclosing(states):  # who closes us, closes it
+        async for status in states:
+            yield status.progress_frame
     if status is None or status.status not in FINAL:
         yield SHUTDOWN_FRAME
 
@@ -1083,10 +1080,11 @@ async def stream_events(request: Request, last_event_id: LastEventId = "") -> Re
     return event_stream(queue, all_frames(queue, event_id(last_event_id)))
 
 async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
-    async for tasks in queue.watch_all(sent):
-        for task in tasks:
-            yield task.task_frame
-        yield encode_frame("queue", json.dumps(overview(queue)))
+    async with contextlib.aclosing(queue.watch_all(sent)) as batches:
+        async for tasks in batches:
+            for task in tasks:
+                yield task.task_frame
+            yield encode_frame("queue", json.dumps(overview(queue)))
     yield SHUTDOWN_FRAME
 
 def overview(queue: TaskQueue) -> dict[str, Any]:
@@ -1144,10 +1142,11 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         warn_of_more_processes()
+        AppStatus.should_exit = False  # of the whole process: an earlier server may have left it set
         async with TaskQueue(settings, handlers) as app.state.queue:
             yield
 
-    # WHY not include_router(): FastAPI would then match each request twice.
+    # WHY not include_router(): FastAPI would match each request twice. The price: dependency_overrides don't work.
     app = FastAPI(title="taskqueue", summary="An async task queue, in memory", lifespan=lifespan, routes=router.routes)
     app.state.metrics = Metrics()
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
@@ -1185,7 +1184,8 @@ class Tour:
         seen = []
         while (counts := (await self.call("GET", "/health"))["tasks"])["pending"] + counts["running"]:
             seen.append(counts["running"])
-        self.check(max(seen) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
+            await asyncio.sleep(0.005)
+        self.check(max(seen, default=0) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
         print("\nA HIGH task that comes last overtakes every LOW one that waits.", flush=True)
         tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(self.workers)]
         for priority in (Priority.LOW, Priority.LOW, Priority.LOW, Priority.HIGH):
@@ -1254,8 +1254,10 @@ async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -
         while not touring.done() and not server.should_exit:
             await asyncio.sleep(0.02)
         interrupted = touring.cancel() or server.should_exit  # cancel() says whether there was anything to cancel
-        await asyncio.wait([touring])
+        [held] = await asyncio.gather(touring, return_exceptions=True)
     logger.setLevel(logging.INFO)
+    if isinstance(held, Exception) and not interrupted:
+        print(f"\nThe tour broke off: {held!r}", flush=True)
     if not once and not interrupted:
         print("\nServing on; Ctrl-C stops it.", flush=True)
     while not server.should_exit:
@@ -1267,7 +1269,7 @@ async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -
             connection.transport.abort()
     asyncio.get_running_loop().call_later(1, cut_off)
     await serving
-    return not interrupted and touring.result()
+    return held is True and not interrupted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
@@ -1288,11 +1290,11 @@ def main() -> None:
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
-    gc.freeze()  # what the imports have made stays: it saves the garbage collector 10 ms a round
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
-    with contextlib.suppress(KeyboardInterrupt):
+    held = not args.once
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again, once it has stopped
         held = asyncio.run(demo(server, f"http://{host}:{port}", settings.max_workers, not args.no_tour, args.once))
-        sys.exit(0 if held else 1)
+    sys.exit(0 if held else 1)
 
 if __name__ == "__main__":
     main()

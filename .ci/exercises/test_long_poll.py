@@ -71,6 +71,6 @@ async def test_it_answers_when_the_queue_stops(serve):
     async with serve(drain_seconds=0) as service:
         polling = asyncio.create_task(poll(service, await service.submit(seconds=300), wait=60))
         await service.clock.sleep(1)
-        service.queue.stop_watching()
+        service.queue.begin_shutdown()
         answer, took = await polling
-        assert (answer.status_code, took) == (200, 1), "queue.stop_watching() should end a poll: nobody holds up a stop"
+        assert (answer.status_code, took) == (200, 1), "queue.begin_shutdown() should end a poll: none holds up a stop"

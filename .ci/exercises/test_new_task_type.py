@@ -1,7 +1,7 @@
 """A new task type: `transcode_video`, with `url` (text) and `format` ("mp4" or "webm"; "mp4" if it isn't given).
 
-Its result is {"url": …, "format": …}. Like the other handlers it only simulates, and reports its progress in a few stages.
-It takes one member of TaskType, one payload model, and one decorated function.
+Its result is {"url": …, "format": …}. Like the other handlers it only simulates, and reports its progress in some four
+stages. It takes one member of TaskType, one payload model, and one decorated function.
 """
 
 import pytest

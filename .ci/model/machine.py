@@ -1,6 +1,6 @@
 """Model-based test of the queue: hypothesis calls everything in any order, on a virtual clock; the model judges.
 
-    python .ci/model/machine.py [--seed N] [--runs N] [--steps N]
+    python .ci/model/machine.py [--seed N] [--runs N] [--steps N] [--no-shrink]
 
 The same seed gives the same run. On a failure hypothesis prints the shortest sequence of calls that it could find."""
 
@@ -602,7 +602,7 @@ class QueueMachine(RuleBasedStateMachine):
     def hear_the_signal(self, chance: int) -> None:
         """What the server does at once when it is told to stop; the lifespan ends later."""
         if chance == 0:
-            self.loop.call(self.queue.stop_watching)
+            self.loop.call(self.queue.begin_shutdown)
             self.loop.settle()
 
     @precondition(lambda self: self.exiting is None and self.model.submitted > 6)
@@ -754,10 +754,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--no-shrink", action="store_true", help="report the first failure as it was found")
     args = parser.parse_args()
     random.seed(args.seed)
-    profile = settings(max_examples=args.runs, stateful_step_count=args.steps, deadline=None, database=None,
-                       phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+    phases = [Phase.generate] if args.no_shrink else [Phase.generate, Phase.shrink]
+    profile = settings(max_examples=args.runs, stateful_step_count=args.steps, phases=phases, deadline=None,
+                       database=None, suppress_health_check=list(HealthCheck))
     print(f"model: seed {args.seed}, {args.runs} runs of up to {args.steps} steps", flush=True)
     run_state_machine_as_test(seed(args.seed)(QueueMachine), settings=profile)
     print("model: " + ", ".join(f"{count} {name}" for name, count in sorted(totals.items())))

@@ -258,7 +258,10 @@ def fork_pytest(directory: Path, tests: list[str]) -> int:
     sys.path[0] = str(directory)
     os.environ["PYTHONPATH"] = str(directory)
     import pytest
-    os._exit(pytest.main(["-x", "-q", *tests]))
+    # Pytest warns of plugins that are imported already: it can't rewrite their asserts. Here a warning is an error.
+    code = pytest.main(["-x", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @dataclass
@@ -303,8 +306,26 @@ def run_all(mutants: list[Mutant], source: bytes, seconds: dict[str, float], lin
                 run.start(seconds)
                 continue
             running.remove(run)
+            output = (Path(run.directory) / "output").read_text(errors="replace")
             shutil.rmtree(run.directory, ignore_errors=True)
-            yield run.mutant, "timeout" if late and not done else "survived" if status == 0 else "killed"
+            if late and not done:
+                yield run.mutant, "timeout"
+            elif status == 0:
+                yield run.mutant, "survived"
+            else:  # only a test that is named has killed it; anything else is a fault of this tool
+                red = re.search(r"^(FAILED|ERROR) test_taskqueue\.py", output, re.MULTILINE)
+                yield run.mutant, "killed" if red else f"broken, {os.waitstatus_to_exitcode(status)}: {output[-1000:]}"
+
+def check_tool(source: bytes, seconds: dict[str, float], lines: dict[int, list[str]]) -> None:
+    """Controls: the unharmed module has to survive, and one that is surely harmed must not.
+
+    Without the first, a child that can't even start looks like a killed mutant, and the rate like a triumph."""
+    nothing = Mutant(0, 0, 0, b"", b"", "control, unharmed")
+    at = source.index(b"            task.progress = 100\n")
+    line = source[:at].count(b"\n") + 1
+    harmed = Mutant(line, at, at + 31, b"            task.progress = 1\n", b"", "control, harmed")
+    fates = [fate for control in (nothing, harmed) for _, fate in run_all([control], source, seconds, lines, 1)]
+    assert fates == ["survived", "killed"], f"this tool does not work here: {fates}"
 
 def equivalents() -> dict[str, str]:
     """Key → reason, from equivalent.txt: a line with the reason, then an indented line for each mutant."""
@@ -335,19 +356,21 @@ def main() -> None:
     seconds, lines = measure(sys.executable)
     import fastapi, httpx, pytest, sse_starlette, uvicorn  # noqa: F401  # for the children
     print(f"{len(mutants)} mutants, {len(seconds)} tests of {sum(seconds.values()):.0f} s", flush=True)
-    reasons, counts = equivalents(), {"killed": 0, "timeout": 0, "survived": 0, "equivalent": 0}
+    check_tool(source, seconds, lines)
+    reasons, counts = equivalents(), {"killed": 0, "timeout": 0, "survived": 0, "equivalent": 0, "broken": 0}
     began = time.monotonic()
     for number, (mutant, fate) in enumerate(run_all(mutants, source, seconds, lines, args.jobs), start=1):
         if fate == "survived" and mutant.key in reasons:
             fate = "equivalent"
-        counts[fate] += 1
-        if fate in ("survived", "timeout"):
+        counts[fate.partition(",")[0]] += 1
+        if fate not in ("killed", "equivalent"):
             print(f"{fate}: {mutant}", flush=True)
         if number % 50 == 0:
             print(f"… {number} after {time.monotonic() - began:.0f} s: {counts}", flush=True)
     killed = counts["killed"] + counts["timeout"]
     rate = 100 * killed / max(1, killed + counts["survived"])
     print(f"{counts}: {rate:.1f} % of those that are not equivalent are killed")
+    assert not counts["broken"], "the rate says nothing of those that are broken"
 
 if __name__ == "__main__":
     main()

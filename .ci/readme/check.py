@@ -222,6 +222,11 @@ def check_breaks() -> Iterator[str]:
                     if breaks.get(name) != test)
 
 
+def check_exercises() -> Iterator[str]:
+    in_code = {path.stem.removeprefix("test_") for path in (ROOT / ".ci/exercises").glob("test_*.py")}
+    yield from differences("exercises", {row[0].strip("`") for row in rows(section("Exercises"))}, in_code)
+
+
 def check_names() -> Iterator[str]:
     tests = ROOT / "test_taskqueue.py"
     if tests.exists():
@@ -257,7 +262,7 @@ def main() -> None:
             print(f"$ {step.command}", *came, sep="\n", flush=True)
         return
     failed = 0
-    for check in (check_form, check_names, check_breaks, check_api, check_tour):
+    for check in (check_form, check_names, check_breaks, check_exercises, check_api, check_tour):
         began, failures = time.monotonic(), list(check())
         print(f"{check.__name__.replace('_', ' ')}: {'FAILED' if failures else 'ok'}, {time.monotonic() - began:.1f} s")
         print(*failures, sep="\n", end="\n" if failures else "")
