@@ -375,7 +375,7 @@ def test_scenario_fails_and_retries(serve, visit):
     page = visit(server)
     page.get_by_role("button", name="A task that fails and retries").click()
     row = page.locator("li")
-    expect(row).to_contain_text(re.compile(r"^pending\s.*attempt \d/4 · ConnectionError: no mail server .* retries in"))
+    expect(row).to_contain_text(re.compile(r"^pending\s.*attempt \d/4 · ConnectionError: no mail server .* again in"))
     expect(rows(page, "finished")).to_contain_text(re.compile(r"^failed\s.*attempt 4/4"))
 
 
