@@ -34,13 +34,13 @@ test of that name. `SIMPLIFIED` says what production would do instead.
 `python taskqueue.py` is a live demo, `uvicorn taskqueue:app --reload` the service alone, `python -m pytest` its proof.
 """
 
-import argparse, asyncio, base64, bisect, contextlib, functools, hashlib, heapq, inspect, itertools, json, logging
+import argparse, asyncio, base64, bisect, contextlib, functools, gc, hashlib, heapq, inspect, itertools, json, logging
 import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum, StrEnum
 from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, Self, get_type_hints
@@ -223,7 +223,7 @@ class Task:
     """All that is known of one task. Private to the queue and its workers."""
     id: str
     sequence: int
-    created_at: float  # seconds since 1970, as all dates in here; TaskStatus makes datetimes of them
+    created_at: datetime
     request_id: str | None
     idempotency_key: str | None
     task_type: TaskType
@@ -236,11 +236,11 @@ class Task:
     attempt: int = 0
     result: Any = None
     error: str | None = None
-    not_before: float | None = None
-    started_at: float | None = None
-    completed_at: float | None = None
+    not_before: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
     version: int = 0
-    view: TaskStatus | None = None  # the picture of this version, once a watcher has asked for it
+    view: TaskStatus | None = None  # the picture of this version, once it was asked for
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
     run: "asyncio.Task[None] | None" = None  # the attempt that runs now
@@ -327,7 +327,7 @@ class TaskStore:
         if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
         self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, time.time(), request_id, idempotency_key,
+        task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
             submission.task_type, submission.priority, submission.payload, submission.max_retries, submission.timeout)
         self._all.add(task)
         self._shelves[Status.PENDING].add(task)
@@ -339,7 +339,7 @@ class TaskStore:
 
     def get_task(self, task_id: str) -> TaskStatus:
         """The task as it is now. Raises TaskNotFound."""
-        return TaskStatus.model_validate(self._find(task_id))
+        return self._view(self._find(task_id))
 
     def list_tasks(
             self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
@@ -367,7 +367,6 @@ class TaskStore:
             raise TaskNotCancellable(f"The task is {task.status}: pending ones can be cancelled, running ones by force")
         return TaskStatus.model_validate(task)
 
-    # -- watching
     def watch(self, task_id: str, last_event_id: int = 0) -> AsyncGenerator[TaskStatus, None]:
         """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
         final one, or until the queue stops. Raises TaskNotFound, and at once."""
@@ -441,7 +440,7 @@ class TaskStore:
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
 
     def _view(self, task: Task) -> TaskStatus:
-        """The picture that all watchers of a change share, and with it the frames that they send."""
+        """The picture of this version, kept for all who watch or poll it, with the frames that they are sent."""
         if task.view is None:
             task.view = TaskStatus.model_validate(task)
         return task.view
@@ -461,7 +460,7 @@ class TaskStore:
         # GOTCHA [retry-keeps-priority]: a retry must come back to where it stood, not behind all that came since.
         entry = (task.priority, task.sequence, task)
         if delay > 0:
-            task.not_before = time.time() + delay
+            task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
             # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in the attempt keeps its slot all the while;
             # a few tasks that fail, and nothing else runs. A timer holds nothing.
             task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
@@ -480,7 +479,7 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        task.completed_at = time.time() if status in FINAL else None
+        task.completed_at = datetime.now(UTC) if status in FINAL else None
         self._changed(task)
         if status in FINAL:
             # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
@@ -702,7 +701,7 @@ class TaskQueue(TaskStore):
 
     def _start(self, task: Task) -> None:
         task.attempt, task.progress, task.stop_cause = task.attempt + 1, 0, None
-        task.started_at, task.deadline = time.time(), self._loop.time() + task.timeout
+        task.started_at, task.deadline = datetime.now(UTC), self._loop.time() + task.timeout
         self._move(task, Status.RUNNING)
         task.run = self._loop.create_task(self._attempt(task))
         if task.deadline < self._alarm_at:
@@ -900,7 +899,7 @@ form button, .HIGH b { background: var(--ink); color: var(--card); } small, time
 li { position: relative; padding: .3em 1em; border-bottom: 1px solid #8883; } small { font-weight: 400; }
 li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8em; }
 i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); } li button, b { padding: 0; }
-@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); padding: 1.4rem; }
+@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1rem; }
   li { display: grid; grid-template-columns: 6rem 11.5rem 4.5rem minmax(0, 1fr) 4.75rem 5rem; } }
 @media (prefers-reduced-motion: no-preference) { li { animation: arrive .8s; } i { transition: width .5s; } }
 @keyframes arrive { from { background: #8884; } } :focus-visible { outline: 3px solid var(--tone); }
@@ -948,7 +947,7 @@ function drawRow(task) {
   const name = `${task.task_type} ${id.slice(0, 4)}`, priority = PRIORITIES[task.priority], runs = status === "running";
   const verb = runs ? "Stop" : status === "pending" ? "Cancel" : "", age = Date.now() - Date.parse(task.created_at);
   const notes = [attempt && `attempt ${attempt}/${task.max_retries + 1}`, runs && `${progress} %`, task.error, task.wait
-    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, task.result && JSON.stringify(task.result)];
+    && `${attempt ? "again" : "starts"} in ${seconds(task.wait)}`, task.result != null && JSON.stringify(task.result)];
   const texts = [status, name, priority, notes.filter(Boolean).join(" · ").slice(0, 200), `${seconds(age)} ago`, verb];
   texts.forEach((text, at) => { if (row.children[at].textContent !== text) row.children[at].textContent = text; });
   row.className = `${status} ${priority}`; row.children[1].href = `/tasks/${id}/stream`;
@@ -1290,6 +1289,7 @@ def main() -> None:
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
+    gc.freeze()  # WHY: the imports stay for good; a full garbage collection would walk them each time, for 10 ms
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     held = not args.once
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again, once it has stopped

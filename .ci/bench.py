@@ -553,6 +553,7 @@ def in_a_fresh_process(path: str, function: Callable[[Any, int], Any], size: int
 
 def run_measurement(path: str, function: Callable[[Any, int], Any], size: int) -> dict[str, float]:
     tq = load_module(path)
+    gc.freeze()  # as `python taskqueue.py` does
     logging.disable()
     return asyncio.run(function(tq, size))  # type: ignore[no-any-return]
 
