@@ -947,7 +947,7 @@ function drawRow(task) {
   const name = `${task.task_type} ${id.slice(0, 4)}`, priority = PRIORITIES[task.priority], runs = status === "running";
   const verb = runs ? "Stop" : status === "pending" ? "Cancel" : "", age = Date.now() - Date.parse(task.created_at);
   const notes = [attempt && `attempt ${attempt}/${task.max_retries + 1}`, runs && `${progress} %`, task.error, task.wait
-    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, task.result && JSON.stringify(task.result)];
+    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, task.result != null && JSON.stringify(task.result)];
   const texts = [status, name, priority, notes.filter(Boolean).join(" · ").slice(0, 200), `${seconds(age)} ago`, verb];
   texts.forEach((text, at) => { if (row.children[at].textContent !== text) row.children[at].textContent = text; });
   row.className = `${status} ${priority}`; row.children[1].href = `/tasks/${id}/stream`;

@@ -11,6 +11,7 @@ has happened that can happen without time passing. Only what needs a thread runs
 import asyncio, contextlib, dataclasses, gc, itertools, json, logging, math, os, pathlib, random, re, selectors, signal
 import socket, subprocess, sys, threading, tomllib
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import httpx, pytest
 from pydantic import BaseModel, ValidationError
@@ -282,9 +283,8 @@ async def test_queue_runs_lower_priority_numbers_first(gate):
 async def test_queue_tie_break_is_the_order_of_submission_whatever_the_clock_does(gate, monkeypatch):
     """GOTCHA [tie-break]: this clock runs backwards."""
     seconds = itertools.count(2_000_000_000, -1)
-    now = staticmethod(lambda tz=None: datetime.fromtimestamp(next(seconds), tz))
-    monkeypatch.setattr(taskqueue, "datetime", type("Backwards", (datetime,), {"now": now}))
-    monkeypatch.setattr(taskqueue.time, "time", lambda: next(seconds))
+    backwards = SimpleNamespace(now=lambda zone: datetime.fromtimestamp(next(seconds), zone))
+    monkeypatch.setattr(taskqueue, "datetime", backwards)
     async with running(gate, max_workers=1) as queue:
         for name in "abcdefgh":
             queue.submit(order(name))

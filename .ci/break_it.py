@@ -24,17 +24,17 @@ SECONDS = 60
 
 
 def gotchas(source: str) -> dict[str, str]:
-    """The text of each GOTCHA, by its name."""
-    lines = [line.strip().removeprefix("# ").removeprefix('"""') for line in source.splitlines()]
-    found = {}
+    """The text of each GOTCHA, by its name: it is a comment, or stands in a docstring."""
+    lines, found = [line.strip() for line in source.splitlines()], {}
     for number, line in enumerate(lines):
-        if match := re.match(r"GOTCHA \[([a-z0-9-]+)\]: (.*)", line):
-            text = [match[2]]
+        if match := re.match(r"(# )?GOTCHA \[([a-z0-9-]+)\]: (.*)", line):
+            mark, text = match[1] or "", [match[3]]
             for following in lines[number + 1 :]:
-                if re.match(r"GOTCHA|WHY", following) or len(text[-1]) < 60 or text[-1].endswith('"""'):
+                ends = not following.startswith(mark or following[:1] or "#") or text[-1].endswith('"""')
+                if ends or re.match(r"(# )?(GOTCHA|WHY)|def |class ", following):
                     break
-                text.append(following)
-            found[match[1]] = " ".join(text).removesuffix('"""')
+                text.append(following.removeprefix(mark))
+            found[match[2]] = " ".join(text).removesuffix('"""')
     return found
 
 

@@ -1,13 +1,13 @@
 """Mutation testing of taskqueue.py with its own suite: each small bug that is put in must turn a test red.
 
-    python .ci/mutation/mutate.py [--sections Queue Workers …] [--only SUBSTRING] [--lines 300-350] [--jobs 2]
+    python .ci/mutation/mutate.py [--sections Queue Workers …] [--only SUBSTRING] [--lines 300-350] [--quick]
 
 WHY not mutmut or cosmic-ray: the former copies each function with all its mutants into a trampoline, and FastAPI and
 Pydantic read signatures and annotations; the latter starts an interpreter, and imports FastAPI, for each mutant. Here
 one process imports all that once, and forks for each mutant: a second or two for most of them.
 
-A mutant meets the tests that run its line, quickest first, and then all others. Survivors are printed, less those that
-equivalent.txt lists with a reason. Not part of the gate: it takes half an hour."""
+A mutant meets the tests that run its line, quickest first, and then all others (with --quick it doesn't). Survivors are
+printed, less those that equivalent.txt lists with a reason. Not part of the gate: it takes half an hour, or more."""
 
 import argparse, ast, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ ROOT = HERE.parents[1]
 WORK = HERE.parent / ".work" / "mutation"
 SECTIONS = ["Queue", "Handlers", "Workers", "Middleware", "Routes"]
 FILES = ["test_taskqueue.py", ".pytest.ini", "requirements.txt"]
+SLOW = 1.0  # seconds; a test that takes longer starts a server of its own
 MEMORY = 3 << 30  # bytes: a mutant may be an endless loop that collects something
 
 
@@ -275,22 +276,23 @@ class Run:
     def start(self, seconds: dict[str, float]) -> None:
         tests = self.phases.pop(0)
         self.child = fork_pytest(Path(self.directory), tests)
-        self.deadline = time.monotonic() + 30 + 6 * sum(seconds[test] for test in tests)
+        self.deadline = time.monotonic() + 30 + 4 * sum(seconds[test] for test in tests)
 
-def plan(mutant: Mutant, seconds: dict[str, float], lines: dict[int, list[str]]) -> list[list[str]]:
-    near = sorted(lines.get(mutant.line, []), key=lambda test: seconds[test])
-    others = sorted(set(seconds) - set(near), key=lambda test: seconds[test])
-    return [tests for tests in (near, others) if tests]
+def plan(mutant: Mutant, seconds: dict[str, float], lines: dict[int, list[str]], quick: bool) -> list[list[str]]:
+    """The tests in the order in which they are likely to tell. A line that no test runs is run at import: by all."""
+    near = [test for test in lines.get(mutant.line, seconds) if seconds[test] < SLOW]
+    phases = [near] if quick and near else [near, [test for test in seconds if test not in near]]
+    return [sorted(tests, key=lambda test: seconds[test]) for tests in phases if tests]
 
 def run_all(mutants: list[Mutant], source: bytes, seconds: dict[str, float], lines: dict[int, list[str]],
-            jobs: int) -> Iterator[tuple[Mutant, str]]:
+            jobs: int, quick: bool = False) -> Iterator[tuple[Mutant, str]]:
     """Yield each mutant with what became of it: killed, timeout or survived."""
     waiting, running = list(reversed(mutants)), list[Run]()
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant, directory = waiting.pop(), tempfile.mkdtemp(prefix="mutant-")
             prepare(Path(directory), source[:mutant.start] + mutant.new + source[mutant.end:])
-            run = Run(mutant, directory, plan(mutant, seconds, lines))
+            run = Run(mutant, directory, plan(mutant, seconds, lines, quick))
             run.start(seconds)
             running.append(run)
         time.sleep(0.02)
@@ -342,6 +344,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="*", default=SECTIONS)
     parser.add_argument("--only", default="", help="mutants whose description contains this")
     parser.add_argument("--lines", default="", help="mutants of these lines: 300-350")
+    parser.add_argument("--quick", action="store_true", help="only the quick tests that run the line")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="only list them")
     args = parser.parse_args()
@@ -359,7 +362,8 @@ def main() -> None:
     check_tool(source, seconds, lines)
     reasons, counts = equivalents(), {"killed": 0, "timeout": 0, "survived": 0, "equivalent": 0, "broken": 0}
     began = time.monotonic()
-    for number, (mutant, fate) in enumerate(run_all(mutants, source, seconds, lines, args.jobs), start=1):
+    for number, (mutant, fate) in enumerate(
+            run_all(mutants, source, seconds, lines, args.jobs, args.quick), start=1):
         if fate == "survived" and mutant.key in reasons:
             fate = "equivalent"
         counts[fate.partition(",")[0]] += 1
