@@ -396,16 +396,16 @@ class TaskStore:
 
     async def watch_all(self, last_event_id: int = 0) -> AsyncGenerator[list[TaskStatus], None]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
-        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since (maybe
-        none); then what changes, until the queue stops."""
+        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since; then
+        what changes, until the queue stops. A list can be empty: what changed may be evicted by now."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
-        changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
         self.watchers += 1
         try:
             while True:
+                changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
+                sent = self.version
                 yield changes
-                sent = changes[-1].version if changes else sent
-                while not (changes := self._changes_since(sent)):
+                while self.version == sent:
                     if self.stopping:
                         return
                     await self._next_change(None)
@@ -947,7 +947,7 @@ function drawRow(task) {
   const name = `${task.task_type} ${id.slice(0, 4)}`, priority = PRIORITIES[task.priority], runs = status === "running";
   const verb = runs ? "Stop" : status === "pending" ? "Cancel" : "", age = Date.now() - Date.parse(task.created_at);
   const notes = [attempt && `attempt ${attempt}/${task.max_retries + 1}`, runs && `${progress} %`, task.error, task.wait
-    && `${attempt ? "again" : "starts"} in ${seconds(task.wait)}`, task.result != null && JSON.stringify(task.result)];
+    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, JSON.stringify(task.result ?? undefined)];
   const texts = [status, name, priority, notes.filter(Boolean).join(" · ").slice(0, 200), `${seconds(age)} ago`, verb];
   texts.forEach((text, at) => { if (row.children[at].textContent !== text) row.children[at].textContent = text; });
   row.className = `${status} ${priority}`; row.children[1].href = `/tasks/${id}/stream`;

@@ -592,9 +592,9 @@ async def test_workers_whose_timeout_is_known_by_its_cause(causes, status, error
     (lambda: throw(RecursionError()), "RecursionError"),
     (lambda: throw(ExceptionGroup("two", [ValueError()])), "ExceptionGroup: two"),
     (lambda: throw(KeyboardInterrupt()), "KeyboardInterrupt")])
-@pytest.mark.parametrize("threaded", [False, True], ids=["async def", "def"])
+@pytest.mark.parametrize("kind", ["async def", "def", "def that returns an awaitable"])
 @real_clock
-async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(threaded, misbehave, named):
+async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(kind, misbehave, named):
     """GOTCHA [cancelled-error]: `except Exception` lets some of these pass. SystemExit even stops the whole server."""
     def handle(payload, update_progress):
         return misbehave() if payload.subject == "it" else "fine"
@@ -602,7 +602,8 @@ async def test_workers_cancelled_error_or_any_other_fails_its_task_and_no_more(t
     async def handle_async(payload, update_progress):
         return handle(payload, update_progress)
 
-    async with running(handle if threaded else handle_async, max_workers=1) as queue:
+    kinds = {"async def": handle_async, "def": handle}
+    async with running(kinds.get(kind, lambda *args: handle_async(*args)), max_workers=1) as queue:
         state = await until(queue, queue.submit(order()).id)
         assert (state.status, named in state.error, len(state.error) <= 1000) == ("failed", True, True)
         strict_json(state.model_dump_json())
@@ -985,9 +986,9 @@ async def test_routes_get_shows_a_task_in_every_state(status, gate):
 
 @pytest.mark.parametrize(("status", "force", "code", "detail"), [
     ("pending", False, 200, "Task cancelled"), ("pending", True, 200, "Task cancelled"),
-    ("running", False, 409, "running"), ("running", True, 202, "Cancellation requested"),
-    ("completed", False, 409, "completed"), ("completed", True, 409, "completed"),
-    ("failed", True, 409, "failed"), ("cancelled", True, 409, "cancelled")])
+    ("running", False, 409, "is running"), ("running", True, 202, "Cancellation requested"),
+    ("completed", False, 409, "is completed"), ("completed", True, 409, "is completed"),
+    ("failed", True, 409, "is failed"), ("cancelled", True, 409, "is cancelled")])
 async def test_routes_delete_cancels_what_may_be_cancelled(status, force, code, detail, gate):
     async with serving(gate) as (_, client, queue):
         task_id = await bring_to(status, queue, gate)

@@ -271,6 +271,19 @@ def test_hostile_text_is_shown_as_text(serve, visit):
     assert page.evaluate("document.images.length + document.scripts.length") == 1  # the page's own script
 
 
+def test_every_result_that_is_one_is_shown(serve, visit):
+    server = serve(*SLOW)
+    page = visit(server)
+    for result in (0, False, "", None):
+        page.evaluate("""result => streams.at(-1).dispatchEvent(new MessageEvent("task", {data: JSON.stringify({
+            id: "f00" + result, task_type: "t", priority: 5, status: "completed", progress: 100, attempt: 1,
+            max_retries: 0, result, error: null, created_at: "2026-01-01", completed_at: "2026-01-01"})}))""", result)
+    server.submit(delay=600)
+    notes = ["attempt 1/1 · 0", "attempt 1/1 · false", 'attempt 1/1 · ""', "attempt 1/1"]
+    expect(rows(page, "finished")).to_have_count(4)
+    assert sorted(rows(page, "finished").locator("bdi").all_inner_texts()) == sorted(notes)
+
+
 def test_hostile_fields_of_a_frame_are_shown_as_text(serve, visit):
     """What no honest server sends: every text of a frame is hostile."""
     server = serve(*SLOW)
@@ -375,7 +388,7 @@ def test_scenario_fails_and_retries(serve, visit):
     page = visit(server)
     page.get_by_role("button", name="A task that fails and retries").click()
     row = page.locator("li")
-    expect(row).to_contain_text(re.compile(r"^pending\s.*attempt \d/4 · ConnectionError: no mail server .* again in"))
+    expect(row).to_contain_text(re.compile(r"^pending\s.*attempt \d/4 · ConnectionError: no mail server .* retries in"))
     expect(rows(page, "finished")).to_contain_text(re.compile(r"^failed\s.*attempt 4/4"))
 
 
