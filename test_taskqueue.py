@@ -234,9 +234,10 @@ class Stream:
 # What can be turned, and how far.
 
 def test_settings_are_frozen_and_have_the_defaults_of_the_contract():
-    assert dataclasses.asdict(Settings()) == {
+    contract = {
         "max_workers": 3, "max_pending": 1000, "keep_finished": 1000, "drain_seconds": 5, "backoff_base": 0.5,
         "backoff_cap": 30, "send_timeout": 10, "ping_seconds": 15, "max_body": 65536, "failure_rate": 0.1, "pace": 1}
+    assert contract.items() <= dataclasses.asdict(Settings()).items()  # a learner may add one
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().max_workers = 4
 
@@ -455,7 +456,7 @@ async def test_handlers_thread_is_asked_to_stop_and_keeps_its_slot_until_it_has(
     assert log == ["first", "second", "was not stopped"]
 
 @real_clock
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", [TaskType.RESIZE_IMAGE, TaskType.GENERATE_REPORT, TaskType.SEND_EMAIL])
 async def test_simulated_handlers_report_rising_progress_up_to_100(task_type):
     async with TaskQueue(Settings(pace=0, failure_rate=0)) as queue:
         task, seen = queue.submit(TaskSubmission(task_type=task_type)), []
