@@ -37,7 +37,7 @@ test of that name. `SIMPLIFIED` says what production would do instead.
 import argparse, asyncio, base64, bisect, contextlib, functools, gc, hashlib, heapq, inspect, itertools, json, logging
 import math, os, random, re, secrets, socket, sys, threading, time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -844,7 +844,7 @@ class RequestMiddleware:
                 raise HTTPException(413, f"The body has more than {self.max_body} bytes")
             return message
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
@@ -852,7 +852,7 @@ class RequestMiddleware:
                 # GOTCHA [stream-latency]: a stream "takes" as long as somebody watches it, and a few of those drown the
                 # average of all others. Measured to its first byte it is a request like any.
                 self._record(scope, request_id, message["status"], time.perf_counter() - began)
-            await send(message)
+            return send(message)
 
         try:
             await self.app(scope, receive_limited, send_with_id)
