@@ -248,7 +248,7 @@ class Task:
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
 # never gets to the task. With a clock instead, tasks of one priority are shuffled when it steps back, and a tie raises
-# a TypeError, as every second entry of (priority, task) would.
+# a TypeError, as (priority, task) would for equal priorities.
 ReadyEntry = tuple[Priority, int, Task]
 
 class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
@@ -261,8 +261,8 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """Tasks by sequence, at a cost that doesn't grow with their number. They come and go in any order; so they stand in
-    blocks of neighbouring numbers, and a page sorts only the blocks that it touches."""
+    """Tasks by sequence; to add, remove or count costs the same for any number. They come and go in any order; so they
+    stand in blocks of neighbouring numbers, and a page sorts only the blocks that it touches."""
     BLOCK = 2048
 
     def __init__(self) -> None:
@@ -368,8 +368,8 @@ class TaskStore:
         return TaskStatus.model_validate(task)
 
     def watch(self, task_id: str, last_event_id: int = 0) -> AsyncGenerator[TaskStatus, None]:
-        """Iterate over the task's states after version `last_event_id`: the present one, then each as it comes, to the
-        final one, or until the queue stops. Raises TaskNotFound, and at once."""
+        """Iterate over the task's states after version `last_event_id`: the present one, then the latest when it has
+        changed, to the final one, or until the queue stops. Raises TaskNotFound, and at once."""
         return self._watch(self._find(task_id), last_event_id)
 
     async def _watch(self, task: Task, sent: int) -> AsyncGenerator[TaskStatus, None]:
@@ -380,7 +380,7 @@ class TaskStore:
         try:
             # GOTCHA [snapshot-then-subscribe]: read the state, then subscribe, and a change between the two is lost;
             # subscribe first, and older events follow a newer state. Here there is nothing to subscribe to: look, and
-            # wait if there is nothing new. Nothing runs between the two, for the loop is not let go before the wait.
+            # wait if there is nothing new. Nothing runs between the two, for there is no await before the wait.
             # GOTCHA [slow-reader]: with a queue for each watcher, a browser on a bad line has us keep all that it has
             # not read. One that holds just a number wakes up to the latest state; what it missed is kept nowhere.
             while True:
@@ -397,7 +397,7 @@ class TaskStore:
     async def watch_all(self, last_event_id: int = 0) -> AsyncGenerator[list[TaskStatus], None]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since; then
-        what changes, until the queue stops. A list can be empty: what changed may be evicted by now."""
+        what changes, until the queue stops. A list can be empty: nothing is new, or it was evicted."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
         self.watchers += 1
         try:
@@ -440,7 +440,7 @@ class TaskStore:
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
 
     def _view(self, task: Task) -> TaskStatus:
-        """The picture of this version, kept for all who watch or poll it, with the frames that they are sent."""
+        """The picture of this version, kept with its frames for all who watch or poll it; others get a passing one."""
         if task.view is None:
             task.view = TaskStatus.model_validate(task)
         return task.view
@@ -483,7 +483,7 @@ class TaskStore:
         self._changed(task)
         if status in FINAL:
             # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
-            # can hit one that still runs. `_finished` holds no others.
+            # can hit one that still runs. `_finished` holds only ended ones.
             self._finished.append(task)
             if len(self._finished) > self.settings.keep_finished:
                 self._evict(self._finished.popleft())
@@ -517,10 +517,10 @@ class TaskStore:
 UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
 Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
 HANDLERS: dict[TaskType, Handler] = {}
-current_settings = ContextVar("current_settings", default=Settings())  # an argument to all in its context
+current_settings = ContextVar("current_settings", default=Settings())  # each queue's attempts see their own
 
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
-    """Register the function below for `task_type`; the annotation of its payload is the validation."""
+    """Register the function, and its payload's annotation as the validation; `handlers=` replaces only the function."""
     def register(function: Handler) -> Handler:
         HANDLERS[task_type] = function
         first_parameter = next(iter(inspect.signature(function).parameters))
@@ -564,7 +564,7 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
             loop.call_soon_threadsafe(ended.set_result, outcome)
 
     # GOTCHA [blocking-handler]: on the event loop, `time.sleep(5)` stops every request, stream and timer of the process
-    # for five seconds. In a thread it holds up nobody.
+    # for five seconds. In a thread it holds only its slot.
     threading.Thread(target=copy_context().run, args=(work,), name="handler", daemon=True).start()
     while not ended.done():
         try:
@@ -686,8 +686,8 @@ class TaskQueue(TaskStore):
         """For ever: take a slot, then the best task that is ready, and start an attempt."""
         current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
         while True:
-            # GOTCHA [slot-before-get]: take a task first, wait for a slot with it in hand, and that LOW runs before the
-            # HIGH that came meanwhile. With the slot first, the best task is chosen when it can start.
+            # GOTCHA [slot-before-get]: take a LOW task first, wait for a slot with it, and it runs before a HIGH
+            # that came since. With the slot first, the best task is chosen when it can start.
             await self._slots.acquire()
             try:
                 _, _, task = await self._ready.get()
@@ -774,7 +774,7 @@ class TaskQueue(TaskStore):
 # ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
 # between app and server. Behind it `request.is_disconnected()` stays False, context variables don't come back out,
-# and streams are hard to stop. What stands here only looks at messages that go by.
+# and streams are hard to stop. What stands here handles each message as it goes by.
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
 LABELS = [*map(str, BOUNDS), "+Inf"]
@@ -980,7 +980,7 @@ PAGE_HEADERS = {"Content-Security-Policy": "style-src 'sha256-{}'; script-src 's
                                                   for text in re.split("</?(?:style|script)>", PAGE)[1::2]))}
 
 # ===== Routes ================================================================================== course module 07 =====
-# The HTTP face: each route translates one request into one call of the queue, and its answer back. The queue's
+# The HTTP face: each route turns a request into calls of the queue, and its answer back. The queue's
 # exceptions become status codes in one table, so a route is only about what goes well.
 
 router = APIRouter()
@@ -995,7 +995,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes ma
     404: {"model": Problem, "description": "No task has this id"},
     409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
     413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "It is full", "headers": {"Retry-After": {"schema": {"type": "integer"}}}}}
+    503: {"model": Problem, "description": "No room", "headers": {"Retry-After": {"schema": {"type": "integer"}}}}}
 
 def queue_of(request: Request) -> TaskQueue:
     """The app's queue. WHY not Depends(): FastAPI would resolve it for each request, at a tenth of its whole cost."""
@@ -1008,7 +1008,7 @@ async def submit_task(
     submission: TaskSubmission, request: Request, response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
-    """Submit a task. With an `Idempotency-Key`, a repeated request gets the task that the first one made."""
+    """Submit a task. With an `Idempotency-Key`, a repeated request gets the first one's task, until that is evicted."""
     status = queue_of(request).submit(submission, request.state.request_id, idempotency_key)
     response.headers["Location"] = f"/tasks/{status.id}"
     return status
@@ -1051,7 +1051,7 @@ def event_id(text: str) -> int:
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
     404: ANSWERS[404], 200: ANSWERS["stream"], 204: {"description": "Ended, and its last event is known"}})
 async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
-    """Watch one task: its state now, then each change, until it has ended.
+    """Watch one task: its state now, then the latest whenever it has changed, until it has ended.
     GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
     the task is looked up here, before there is a response.
     GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
@@ -1072,7 +1072,7 @@ async def task_frames(states: AsyncGenerator[TaskStatus, None]) -> AsyncIterator
 
 @router.get("/events", response_class=Response, responses={200: ANSWERS["stream"]})
 async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
-    """Watch all tasks: the latest 100, then each change. After each batch: a `queue` event with the counts.
+    """Watch all tasks: the latest 100, then what has changed. After each batch: a `queue` event with the counts.
     GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
     no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
     queue = queue_of(request)
@@ -1145,7 +1145,7 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
         async with TaskQueue(settings, handlers) as app.state.queue:
             yield
 
-    # WHY not include_router(): FastAPI would match each request twice. The price: dependency_overrides don't work.
+    # WHY not include_router(): a newer FastAPI matches each request twice. The price: dependency_overrides don't work.
     app = FastAPI(title="taskqueue", summary="An async task queue, in memory", lifespan=lifespan, routes=router.routes)
     app.state.metrics = Metrics()
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
@@ -1180,11 +1180,11 @@ class Tour:
         self.check(task["status"] == "completed", f"the result: {task['result']}")
         print("\nWith more tasks than workers, the rest wait for a slot.", flush=True)
         tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(2 * self.workers)]
-        seen = []
+        seen = [0]
         while (counts := (await self.call("GET", "/health"))["tasks"])["pending"] + counts["running"]:
             seen.append(counts["running"])
             await asyncio.sleep(0.005)
-        self.check(max(seen, default=0) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
+        self.check(max(seen) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
         print("\nA HIGH task that comes last overtakes every LOW one that waits.", flush=True)
         tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(self.workers)]
         for priority in (Priority.LOW, Priority.LOW, Priority.LOW, Priority.HIGH):
@@ -1205,7 +1205,7 @@ class Tour:
             await asyncio.sleep(0.01)
         await self.call("DELETE", f"/tasks/{running['id']}?force=true")
         self.check((await self.follow(running))["status"] == "cancelled", "the running one, once its handler lets go")
-        print("\nGET /metrics has counted all of these requests.", flush=True)
+        print("\nGET /metrics counts requests, by route and by status.", flush=True)
         numbers = await self.call("GET", "/metrics")
         self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
         print("\nEvery claim held." if self.held else "\nNot every claim held.", flush=True)
