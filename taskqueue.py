@@ -1260,7 +1260,7 @@ async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -
     if not once and not interrupted:
         print("\nServing on; Ctrl-C stops it.", flush=True)
     while not server.should_exit:
-        server.should_exit = once
+        server.should_exit = once or server.should_exit
         await asyncio.sleep(0.02)
     # uvicorn waits until every response is sent; to a client that has stopped reading, that is for ever.
     def cut_off() -> None:
@@ -1287,8 +1287,8 @@ def main() -> None:
             host, port = probe.getsockname()
     except ValidationError as error:
         parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"Can't listen on {args.host}:{args.port}: {error.strerror}. Does it run already? Try another --port.")
+    except (OSError, OverflowError) as error:
+        sys.exit(f"Can't listen on {args.host}:{args.port}: {error}. Does it run already? Try another --port.")
     gc.freeze()  # WHY: the imports stay for good; a full garbage collection would walk them each time, for 10 ms
     server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
     held = not args.once

@@ -474,7 +474,8 @@ def test_a_row_whose_end_was_missed_goes(serve, visit):
     expect(row_of(page, task)).to_be_visible()
     server.client.get(f"/tasks/{task}/stream")  # until it has ended
     waiting = server.submit(delay=600)
-    expect(page.locator("li")).to_have_count(1)
+    expect(row_of(page, waiting)).to_be_visible()
+    expect(row_of(page, task)).to_have_count(0)
     assert ids(page, "pending") == [waiting]
 
 
