@@ -397,15 +397,15 @@ class TaskStore:
     async def watch_all(self, last_event_id: int = 0) -> AsyncGenerator[list[TaskStatus], None]:
         """Yield lists of tasks in their latest state, the one that changed first in front.
         First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since; then
-        what changes, until the queue stops. A list can be empty: nothing is new, or it was evicted."""
+        what changes, until the queue stops. The first list can be empty."""
         sent = last_event_id if self.first_version < last_event_id <= self.version else 0
+        changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
         self.watchers += 1
         try:
             while True:
-                changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
-                sent = self.version
                 yield changes
-                while self.version == sent:
+                sent = changes[-1].version if changes else sent
+                while not (changes := self._changes_since(sent)):
                     if self.stopping:
                         return
                     await self._next_change(None)
