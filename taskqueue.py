@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115", "uvicorn[standard]>=0.30", "pydantic>=2.10", "sse-starlette>=3.3",
+# dependencies = ["fastapi>=0.120.1", "uvicorn[standard]>=0.30", "pydantic>=2.10", "sse-starlette>=3.4.1",
 #                 "httpx>=0.27", "pytest>=8"]
 # ///
 """An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
