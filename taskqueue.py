@@ -128,7 +128,7 @@ def plain_json(value: Any) -> Any:
     # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler returns anything. One
     # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
     # refused where it comes in: in a payload with a 422, in a result by failing its own task.
-    return from_json(JSON_ENCODER.encode(value), allow_inf_nan=False)
+    return None if value is None else from_json(JSON_ENCODER.encode(value), allow_inf_nan=False)
 
 def make_jsonable(part: Any) -> Any:
     """Turn what `json` doesn't know (a model, a date, a set) into what it does."""
@@ -267,30 +267,24 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """Tasks by sequence; to add, remove or count costs the same for any number. They come and go in any order; so they
-    stand in blocks of neighbouring numbers, and a page sorts only the blocks that it touches."""
+    """The tasks of one status, by sequence. They come and go in any order; so they stand in blocks of neighbouring
+    numbers, to add or remove one costs the same for any number of them, and a page sorts only the blocks it touches."""
     BLOCK = 2048
 
     def __init__(self) -> None:
-        self._blocks: dict[int, dict[int, Task]] = {}
+        self.blocks: defaultdict[int, dict[int, Task]] = defaultdict(dict)
         self.count = 0
 
     def add(self, task: Task) -> None:
-        self._blocks.setdefault(task.sequence // self.BLOCK, {})[task.sequence] = task
+        self.blocks[task.sequence // self.BLOCK][task.sequence] = task
         self.count += 1
 
     def remove(self, task: Task) -> None:
-        block = self._blocks[task.sequence // self.BLOCK]
+        block = self.blocks[task.sequence // self.BLOCK]
         del block[task.sequence]
         if not block:
-            del self._blocks[task.sequence // self.BLOCK]
+            del self.blocks[task.sequence // self.BLOCK]
         self.count -= 1
-
-    def page(self, limit: int = sys.maxsize, offset: int = 0) -> list[Task]:
-        blocks = (self._blocks[number] for number in sorted(self._blocks, reverse=True))
-        newest_first = (block[sequence] for block in blocks for sequence in sorted(block, reverse=True))
-        start = min(offset, self.count)
-        return list(itertools.islice(newest_first, start, start + limit))
 
 class TaskStore:
     """Submit, look up, list, cancel and watch tasks. TaskQueue, further down, adds those who run them."""
@@ -304,7 +298,6 @@ class TaskStore:
         # server, so each life must number its changes above those of all lives before.
         self.version = self.first_version = time.time_ns() // 1000
         self._tasks: dict[str, Task] = {}  # by id; the one that changed last stands last
-        self._all = Shelf()
         self._shelves = {status: Shelf() for status in Status}
         self._ready = ReadyHeap()
         self._finished: deque[Task] = deque()  # in the order in which they finished
@@ -330,7 +323,6 @@ class TaskStore:
         self.submitted += 1
         task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
             submission.task_type, submission.priority, submission.payload, submission.max_retries, submission.timeout)
-        self._all.add(task)
         self._shelves[Status.PENDING].add(task)
         if idempotency_key:
             self._keys[idempotency_key] = task, fingerprint
@@ -345,8 +337,11 @@ class TaskStore:
     def list_tasks(
             self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
         """One page, newest first, and how many tasks there are with that status (None: with any)."""
-        shelf = self._all if status is None else self._shelves[status]
-        return [TaskStatus.model_validate(task) for task in shelf.page(limit, offset)], shelf.count
+        statuses = list(Status) if status is None else [status]
+        total = sum(map(self.count, statuses))
+        start = min(offset, total)
+        page = itertools.islice(self._newest_first(*statuses), start, start + limit)
+        return [TaskStatus.model_validate(task) for task in page], total
 
     def count(self, status: Status) -> int:
         return self._shelves[status].count
@@ -423,22 +418,26 @@ class TaskStore:
             event = self._events[of] = asyncio.Event()
         return event.wait()
 
-    def _wake(self, of: Task | None) -> None:
-        """Fire the event, once, for all who wait for it; who waits next makes a new one."""
-        if event := self._events.pop(of, None):
-            event.set()
-
     def begin_shutdown(self) -> None:
         """From now on take no new tasks, and end every watch; what runs, runs on."""
         self.stopping = True
-        for of in list(self._events):
-            self._wake(of)
+        while self._events:
+            self._events.popitem()[1].set()
 
     # -- the owners of the facts
     def _find(self, task_id: str) -> Task:
         if task := self._tasks.get(task_id):
             return task
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
+
+    def _newest_first(self, *statuses: Status) -> Iterator[Task]:
+        """The tasks that have one of these statuses, now or when it is their turn."""
+        shelves = [self._shelves[status] for status in statuses]
+        for number in sorted(set[int]().union(*(shelf.blocks for shelf in shelves)), reverse=True):
+            block: dict[int, Task] = {}
+            for shelf in shelves:
+                block |= shelf.blocks.get(number, {})
+            yield from (block[sequence] for sequence in sorted(block, reverse=True))
 
     def _view(self, task: Task) -> TaskStatus:
         """The picture of this version, kept with its frames for all who watch or poll it; others get a passing one."""
@@ -452,9 +451,9 @@ class TaskStore:
         task.version = self.version
         task.view = None
         self._tasks[task.id] = self._tasks.pop(task.id, task)  # a new one comes in; a known one moves to the end
-        if self._events:
-            self._wake(task)
-            self._wake(None)
+        for of in (task, None) if self._events else ():
+            if event := self._events.pop(of, None):  # who waits next makes a new one
+                event.set()
 
     def _schedule(self, task: Task, delay: float) -> None:
         """Put the task into the ready heap, now or `delay` seconds later."""
@@ -480,19 +479,18 @@ class TaskStore:
         self._shelves[task.status].remove(task)
         self._shelves[status].add(task)
         task.status, task.result, task.error = status, result, error
-        task.completed_at = datetime.now(UTC) if status in FINAL else None
-        self._changed(task)
         if status in FINAL:
-            # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest
-            # can hit one that still runs. `_finished` holds only ended ones.
+            task.completed_at = datetime.now(UTC)
             self._finished.append(task)
-            if len(self._finished) > self.settings.keep_finished:
-                self._evict(self._finished.popleft())
+        self._changed(task)
+        # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
+        # hit one that still runs. `_finished` holds only ended ones.
+        if len(self._finished) > self.settings.keep_finished:
+            self._evict(self._finished.popleft())
 
     def _evict(self, task: Task) -> None:
         self.evicted += 1
         del self._tasks[task.id]
-        self._all.remove(task)
         self._shelves[task.status].remove(task)
         if task.idempotency_key:
             del self._keys[task.idempotency_key]
@@ -656,10 +654,10 @@ class TaskQueue(TaskStore):
         self._worker.cancel()
         await asyncio.wait([self._worker])
         await self._wait_for_running(self.settings.drain_seconds)
-        for task in self._shelves[Status.RUNNING].page():
+        for task in self._newest_first(Status.RUNNING):
             self._stop(task, "shutdown")
         await self._wait_for_running(self.STUBBORN_SECONDS)
-        for task in self._shelves[Status.RUNNING].page() + self._shelves[Status.PENDING].page():
+        for task in self._newest_first(Status.RUNNING, Status.PENDING):
             if task.run:
                 logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
                 asyncio._unregister_task(task.run)  # or asyncio.run() would wait for it, for ever
@@ -668,7 +666,7 @@ class TaskQueue(TaskStore):
         self._check_deadlines()  # none is left: this puts the alarm away
 
     async def _wait_for_running(self, seconds: float) -> None:
-        if runs := [task.run for task in self._shelves[Status.RUNNING].page() if task.run]:
+        if runs := [task.run for task in self._newest_first(Status.RUNNING) if task.run]:
             await asyncio.wait(runs, timeout=seconds)
 
     @property
@@ -708,7 +706,7 @@ class TaskQueue(TaskStore):
     def _check_deadlines(self) -> None:
         """Stop the attempts that are past their deadline, and set the alarm for the next one.
         WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
-        running, now = self._shelves[Status.RUNNING].page(), self._loop.time()
+        running, now = list(self._newest_first(Status.RUNNING)), self._loop.time()
         for task in running:
             if task.deadline <= now:
                 task.deadline = math.inf
