@@ -687,7 +687,11 @@ class TaskQueue(TaskStore):
             # GOTCHA [slot-before-get]: take a LOW task first, wait for a slot with it, and it runs before a HIGH
             # that came since. With the slot first, the best task is chosen when it can start.
             await self._slots.acquire()
-            _, _, task = await self._ready.get()
+            try:
+                _, _, task = await self._ready.get()
+            except BaseException:  # the queue stops; it can be entered again
+                self._slots.release()
+                raise
             if task.status is Status.PENDING:
                 self._start(task)
             else:

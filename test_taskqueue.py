@@ -752,6 +752,12 @@ async def test_shutdown_gives_running_handlers_time_and_takes_no_more_tasks(gate
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert (queue.get_task(task_id).status, now()) == ("completed", pytest.approx(4, abs=0.001))
 
+async def test_shutdown_leaves_a_queue_that_can_be_entered_again(gate):
+    queue = running(gate, max_workers=1)
+    for _ in range(2):
+        async with queue:
+            await bring_to("completed", queue, gate)  # and so the loop holds the slot again, and waits for a task
+
 async def test_shutdown_cancels_all_that_has_not_finished_by_then(gate):
     async with running(gate, max_workers=2, drain_seconds=5, backoff_base=0) as queue:
         for name in ("runs", "fails while it drains", "waits"):
