@@ -12,21 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+README = Path(__file__).parent.parent.parent / "README.md"
 MAX_LINES = 30
 SECONDS = 60  # for all that is proved here: much more than it takes
 SHOWN = re.compile(r"(\w+) +attempt (\d+) +(\d+)%")
 Shown = tuple[str, int, int]  # status, attempt, per cent
 
 
-def section() -> str:
-    """README.md if it has the file, else the draft beside this script."""
-    readme = (ROOT / "README.md").read_text()
-    return readme if "# saq_worker.py" in readme else Path(__file__).with_name("SECTION.md").read_text()
-
-
 def extract(directory: Path) -> None:
-    blocks = re.findall(r"^```python\n(# saq_worker\.py.*?)^```$", section(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(# saq_worker\.py.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1, f"the text has saq_worker.py {len(blocks)} times"
     lines = blocks[0].count("\n")
     assert lines <= MAX_LINES, f"saq_worker.py has {lines} lines, more than {MAX_LINES}"
@@ -36,7 +30,7 @@ def extract(directory: Path) -> None:
 
 def printed_body() -> str:
     """The job that the text itself submits."""
-    command = next(line for line in section().splitlines() if "python saq_worker.py '" in line)
+    command = next(line for line in README.read_text().splitlines() if "python saq_worker.py '" in line)
     return shlex.split(command)[2]
 
 
