@@ -29,8 +29,8 @@ The words used throughout:
 
 Read it top to bottom; no section needs to know those below it:
     Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
-`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that this very line prevents, and there is a
-test of that name. `SIMPLIFIED` says what production would do instead.
+`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that the code beside it prevents, and there
+is a test of that name. `SIMPLIFIED` says what production would do instead.
 `python taskqueue.py` is a live demo, `uvicorn taskqueue:app --reload` the service alone, `python -m pytest` its proof.
 """
 
@@ -59,19 +59,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("taskqueue")
 
 # ===== Settings =======================================================================================================
-# Every knob in one place, with its unit, range and default. The object is frozen, and no setting is a global: two
-# apps with different settings can live in one process, as in the tests. The demo's flags are made from this class.
+# Every knob for operators, with its unit, range and default. The object is frozen, and no setting is a global: two apps
+# with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Settings:
     """The knobs of one queue. Raises ValidationError, a ValueError, for a value out of range."""
 
     max_workers: int = Field(default=3, ge=1, le=1000, description="attempts that run at once")
-    max_pending: int = Field(default=1000, ge=1, description="tasks that may wait; one more gets a 503")
+    max_pending: int = Field(default=1000, ge=1, description="tasks that may wait; one more gets a 503, no retry does")
     keep_finished: int = Field(default=1000, ge=0, description="finished tasks that are kept; the oldest goes first")
     drain_seconds: float = Field(default=5.0, ge=0, description="seconds that running handlers get at shutdown")
-    backoff_base: float = Field(default=0.5, ge=0, description="longest wait before the first retry, in seconds")
-    backoff_cap: float = Field(default=30.0, ge=0, description="longest wait before any retry, in seconds")
+    backoff_base: float = Field(default=0.5, ge=0, description="longest backoff before the first retry, in seconds")
+    backoff_cap: float = Field(default=30.0, ge=0, description="longest backoff before any retry, in seconds")
     send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
     ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
     max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes")
@@ -124,7 +124,7 @@ class SendEmailPayload(Payload):
 PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: TypeAdapter(Payload))  # @handler fills it
 
 def plain_json(value: Any) -> Any:
-    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises ValueError."""
+    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises what `json` raises."""
     # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler returns anything. One
     # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
     # refused where it comes in: in a payload with a 422, in a result by failing its own task.
@@ -139,7 +139,7 @@ def make_jsonable(part: Any) -> Any:
 JSON_ENCODER = json.JSONEncoder(default=make_jsonable)
 
 def parse_payload(task_type: TaskType, payload: dict[str, Any]) -> Any:
-    """The payload as its task type's model. By way of JSON: nothing is shared, and a strict date may be text."""
+    """The payload as its task type's model. By way of JSON: nothing is shared, strict models take text for a date."""
     return PAYLOAD_MODELS[task_type].validate_json(to_json(payload))
 
 # An enum alone would also take True and 1.0, which are equal to 1.
@@ -160,7 +160,7 @@ class TaskSubmission(BaseModel):
     def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> Any:
         """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
         payload = plain_json(payload)
-        if "task_type" in info.data:
+        if "task_type" in info.data:  # else it was refused already
             parse_payload(info.data["task_type"], payload)
         return payload
 
@@ -176,7 +176,7 @@ class TaskStatus(BaseModel):
     attempt: int = Field(description="0 before the first")
     max_retries: int
     result: Any = Field(description="what the handler returned, once completed")
-    error: str | None = Field(description="why the latest attempt failed, until the next")
+    error: str | None = Field(description="why the latest attempt failed; null once another begins")
     request_id: str | None = Field(description="X-Request-ID of the request that submitted it")
     created_at: datetime
     not_before: datetime | None = Field(description="the end of its delay, or of its latest backoff")
@@ -197,7 +197,7 @@ class TaskStatus(BaseModel):
         return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
 
 def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
-    """One frame of an event stream (HTML standard, 9.2.5). No event may be named "error", as EventSource's own is."""
+    """A frame: id:, event: and data: lines, and an empty one (HTML standard, 9.2.5). "error" is EventSource's own."""
     return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
 class TaskList(BaseModel):
@@ -231,7 +231,7 @@ class Task:
     sequence: int
     created_at: datetime
     request_id: str | None
-    idempotency_key: str | None
+    idempotency_key: str | None  # the client's name for its order: sent again, it makes no second task
     task_type: TaskType
     priority: Priority
     payload: dict[str, Any]
@@ -249,7 +249,7 @@ class Task:
     view: TaskStatus | None = None  # the picture of this version, once it was asked for
     timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
     deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
-    run: "asyncio.Task[None] | None" = None  # the attempt that runs now
+    run: "asyncio.Task[None] | None" = None  # the attempt that runs now, as asyncio's kind of task
     stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
@@ -258,7 +258,7 @@ class Task:
 ReadyEntry = tuple[Priority, int, Task]
 
 class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
-    """The tasks that may start now, best first: a PriorityQueue that can also forget."""
+    """The tasks that may start now. A heap is a list whose first entry is always the best; this one can also forget."""
 
     def prune(self) -> None:
         """Drop the entries of tasks that no longer wait."""
@@ -267,8 +267,8 @@ class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
         heapq.heapify(heap)
 
 class Shelf:
-    """The tasks of one status, by sequence. They come and go in any order; so they stand in blocks of neighbouring
-    numbers, to add or remove one costs the same for any number of them, and a page sorts only the blocks it touches."""
+    """The tasks of one status, by sequence, in blocks of neighbouring numbers. To add or remove one costs the same for
+    any number of them, in whatever order they come and go; and a page of a list sorts only the blocks it touches."""
     BLOCK = 2048
 
     def __init__(self) -> None:
@@ -312,10 +312,10 @@ class TaskStore:
         fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
         if idempotency_key and (earlier := self._keys.get(idempotency_key)):
             if earlier[1] != fingerprint:
-                raise IdempotencyKeyReused("this Idempotency-Key came with another body before")
+                raise IdempotencyKeyReused("this idempotency key came with another submission before")
             return TaskStatus.model_validate(earlier[0])
         if self.stopping:
-            raise QueueStopped("The queue is stopping and takes no tasks")
+            raise QueueStopped("The queue is not running, and takes no tasks")
         # GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the
         # client, who sees a server that hangs. Nothing in here awaits: it says yes or no, and at once.
         if self.count(Status.PENDING) >= self.settings.max_pending:
@@ -354,7 +354,7 @@ class TaskStore:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. That of a cancelled task stays
             # until it is popped, where `worker_loop` skips it. But while no slot is free nothing is popped: submit
-            # and cancel all day, and memory is full. So once too many of its entries are dead, the heap is swept.
+            # and cancel all day, and memory is full. So when a tenth of it, and 64 more, is dead, the heap is swept.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
         elif task.status is Status.RUNNING and force:
@@ -365,7 +365,7 @@ class TaskStore:
 
     def watch(self, task_id: str, last_event_id: int = 0) -> AsyncGenerator[TaskStatus, None]:
         """Iterate over the task's states after version `last_event_id`: the present one, then the latest when it has
-        changed, to the final one, or until the queue stops. Raises TaskNotFound, and at once."""
+        changed, to the final one, or until the queue stops. Raises TaskNotFound here, not when iterated."""
         return self._watch(self._find(task_id), last_event_id)
 
     async def _watch(self, task: Task, sent: int) -> AsyncGenerator[TaskStatus, None]:
@@ -419,7 +419,7 @@ class TaskStore:
         return event.wait()
 
     def begin_shutdown(self) -> None:
-        """From now on take no new tasks, and end every watch; what runs, runs on."""
+        """From now on refuse submissions, and end every watch. What runs, runs on; what waits may still be started."""
         self.stopping = True
         while self._events:
             self._events.popitem()[1].set()
@@ -431,7 +431,7 @@ class TaskStore:
         raise TaskNotFound("No task has this id: it never was, or it was evicted")
 
     def _newest_first(self, *statuses: Status) -> Iterator[Task]:
-        """The tasks that have one of these statuses, now or when it is their turn."""
+        """Those tasks. Each block is a copy: tasks may move meanwhile, and one that did may still come."""
         shelves = [self._shelves[status] for status in statuses]
         for number in sorted(set[int]().union(*(shelf.blocks for shelf in shelves)), reverse=True):
             block: dict[int, Task] = {}
@@ -440,7 +440,7 @@ class TaskStore:
             yield from (block[sequence] for sequence in sorted(block, reverse=True))
 
     def _view(self, task: Task) -> TaskStatus:
-        """The picture of this version, kept with its frames for all who watch or poll it; others get a passing one."""
+        """The picture of this version, kept with its frames for all who watch or poll it; a list makes it anew."""
         if task.view is None:
             task.view = TaskStatus.model_validate(task)
         return task.view
@@ -519,7 +519,7 @@ HANDLERS: dict[TaskType, Handler] = {}
 current_settings = ContextVar("current_settings", default=Settings())  # each queue's attempts see their own
 
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
-    """Register the function, and its payload's annotation as the validation; `handlers=` replaces only the function."""
+    """Register the function, and its payload's annotation as the model, which an app's other `handlers` share."""
     def register(function: Handler) -> Handler:
         HANDLERS[task_type] = function
         first_parameter = next(iter(inspect.signature(function).parameters))
@@ -542,7 +542,7 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
     return await result if inspect.isawaitable(result) else result  # of a `def` that wraps an `async def`
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
-    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did.
+    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did; stopped, it only raises.
     A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
     would; until it has ended it goes on working, so we go on waiting, and keep its slot.
     WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
@@ -689,7 +689,7 @@ class TaskQueue(TaskStore):
             await self._slots.acquire()
             try:
                 _, _, task = await self._ready.get()
-            except BaseException:  # the queue stops; it can be entered again
+            except BaseException:  # the queue stops; it can be entered again, and will need all its slots
                 self._slots.release()
                 raise
             if task.status is Status.PENDING:
@@ -709,7 +709,7 @@ class TaskQueue(TaskStore):
 
     def _check_deadlines(self) -> None:
         """Stop the attempts that are past their deadline, and set the alarm for the next one.
-        WHY one timer and not one for each attempt: for a short task, that would be a fifth of all it costs."""
+        WHY not a timer for each attempt: it would be a fifth of all that a short task costs."""
         running, now = list(self._newest_first(Status.RUNNING)), self._loop.time()
         for task in running:
             if task.deadline <= now:
@@ -771,10 +771,10 @@ class TaskQueue(TaskStore):
 
 # ===== Middleware ============================================================================== course module 07 =====
 # What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
-# ASGI: a callable of (scope, receive, send) that wraps another. It knows nothing of tasks.
+# ASGI: a callable of (scope, receive, send), which are the request, where its body comes from, and where the answer
+# goes; it wraps another one. It knows nothing of tasks.
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
-# between app and server. Behind it `request.is_disconnected()` stays False, context variables don't come back out,
-# and streams are hard to stop. What stands here handles each message as it goes by.
+# in between: `request.is_disconnected()` stays False, context variables don't come back out, streams are hard to stop.
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
 LABELS = [*map(str, BOUNDS), "+Inf"]
@@ -879,7 +879,7 @@ class RequestMiddleware:
 
 # ===== Page ===========================================================================================================
 # GET / shows the queue at work: one page, no framework, nothing from another host. It uses the API as any client would;
-# all that it shows of tasks comes through one EventSource, and as `textContent` alone: no data can become HTML.
+# all that it shows of tasks comes through one EventSource, and as `textContent` alone. Skip it at a first reading.
 
 PAGE = """<!doctype html><html lang=en><title>taskqueue</title><meta name=viewport content=width=device-width><style>
 :root { color-scheme: light dark; --ink: light-dark(#17212d, #e8edf3); --card: light-dark(#fff, #1b222c);
@@ -1045,7 +1045,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
 SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail":"The server is stopping"}')
 
 def event_id(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # int() refuses very long ones
 
 @router.get("/tasks/{task_id}/stream", response_class=Response, responses={
     404: ANSWERS[404], 200: ANSWERS["stream"], 204: {"description": "Ended, and its last event is known"}})
@@ -1121,7 +1121,7 @@ async def answer_queue_error(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": detail}, status, headers={"Retry-After": "1"} if status == 503 else None)
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
-    """422 with the place and the reason of each error.
+    """422 with the place and the reason of each error, up to 20.
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
     the answer can't be encoded, and the client's mistake becomes our 500."""
     assert isinstance(error, RequestValidationError)
@@ -1153,7 +1153,7 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     return app
 
 def warn_of_more_processes() -> None:
-    """SIMPLIFIED: the queue lives in this one process. Production has several, and a broker outside of them."""
+    """Warn of several processes. SIMPLIFIED: the queue lives in this one; production has a broker outside of them."""
     words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
     if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
         logger.warning("more than one process: each has a queue of its own, whose tasks are a 404 in the others")
@@ -1189,7 +1189,7 @@ class Tour:
         for priority in (Priority.LOW, Priority.LOW, Priority.LOW, Priority.HIGH):
             tasks.append(await self.submit(TaskType.SEND_EMAIL, priority=priority))
         waited = [await self.follow(task) for task in tasks][self.workers :]
-        waited = [task for task in waited if task["started_at"] > waited[-1]["created_at"]]  # the HIGH one's
+        waited = [task for task in waited if task["started_at"] > waited[-1]["created_at"]]  # not before HIGH came
         order = [task["priority"] for task in sorted(waited, key=lambda task: task["started_at"])]
         self.check(order == sorted(order), f"they were started by priority: {order}")
         print("\nA handler that raises is tried again, after a backoff; in the end the task has failed.", flush=True)
