@@ -16,7 +16,7 @@ current = ""
 def trace(frame: FrameType, event: str, argument: Any) -> Any:
     if not frame.f_code.co_filename.endswith("/taskqueue.py"):
         return None
-    if event in ("call", "line") and current:
+    if event == "line" and current:  # not "call": it names the line of a decorator, which has run at import
         lines[frame.f_lineno].add(current)
     return trace
 
