@@ -36,6 +36,7 @@ class Mutant:
     name: str
     place: str  # the class and function, and the text of the line
     red: list[str] = field(default_factory=list)  # the tests that have told
+    output: str = ""  # of the last run
 
     def __str__(self) -> str:
         return f"{self.line}: {self.key}"
@@ -73,7 +74,8 @@ class Mutator(ast.NodeVisitor):
 
     def replace(self, node: ast.expr | ast.stmt, new: str, name: str) -> None:
         start, end = self.span(node)
-        place = f"{'.'.join(self.scope) or 'module'} | {self.lines[node.lineno - 1].strip()}"
+        line = self.lines[node.lineno - 1].partition("  # ")[0].strip()
+        place = f"{'.'.join(self.scope) or 'module'} | {line}"
         self.mutants.append(Mutant(node.lineno, start, end, new.encode(), self.source[start:end], name, place))
 
     # -- expressions
@@ -187,6 +189,10 @@ class Mutator(ast.NodeVisitor):
 
     def visit_Raise(self, node: ast.Raise) -> None:
         self.replace(node, "pass", "statement dropped")
+        parts = node.exc.args if isinstance(node.exc, ast.Call) else [node.exc] if node.exc else []
+        for part in parts:
+            if not (isinstance(part, ast.Constant) and isinstance(part.value, str)):  # a message is prose
+                self.visit(part)
 
     def visit_Break(self, node: ast.Break) -> None:
         self.replace(node, "pass", "statement dropped")
@@ -320,7 +326,7 @@ def run_all(mutants: list[Mutant], source: bytes, seconds: dict[str, float], lin
                 run.start(seconds)
                 continue
             running.remove(run)
-            output = (Path(run.directory) / "output").read_text(errors="replace")
+            output = run.mutant.output = (Path(run.directory) / "output").read_text(errors="replace")
             shutil.rmtree(run.directory, ignore_errors=True)
             if late and not done:
                 yield run.mutant, "timeout"
@@ -343,7 +349,7 @@ def check_tool(source: bytes, seconds: dict[str, float], lines: dict[int, list[s
         [(_, fate)] = run_all([nothing], source, seconds, lines, 1)
         if fate == "survived":
             break
-        print(f"the unharmed module is not green here, but {fate}: {nothing.red}", flush=True)
+        print(f"the unharmed module is not green here, but {fate}: {nothing.red}\n{nothing.output[-3000:]}", flush=True)
     assert fate == "survived", "this tool does not work here: it takes the unharmed module for harmed"
     [(_, fate)] = run_all([harmed], source, seconds, lines, 1)
     assert fate == "killed", f"this tool does not work here: a mutant that is surely harmed is {fate}"
@@ -384,7 +390,7 @@ def main() -> None:
     print(f"{len(mutants)} mutants, {len(seconds)} tests of {sum(seconds.values()):.0f} s", flush=True)
     check_tool(source, seconds, lines)
     reasons = equivalents()
-    if unknown := reasons.keys() - {mutant.key for mutant in mutants_of(source, args.sections)}:
+    if unknown := reasons.keys() - {mutant.key for mutant in mutants_of(source, SECTIONS)}:
         print("in equivalent.txt, but no mutant:", *sorted(unknown), sep="\n", flush=True)
     counts = {"killed": 0, "timeout": 0, "survived": 0, "equivalent": 0, "broken": 0}
     began = time.monotonic()
