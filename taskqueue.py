@@ -74,7 +74,7 @@ class Settings:
     backoff_cap: float = Field(default=30.0, ge=0, description="longest backoff before any retry, in seconds")
     send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
     ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
-    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes")
+    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes; parsed, up to 25 times it")
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
@@ -125,16 +125,16 @@ PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: Ty
 
 def plain_json(value: Any) -> Any:
     """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises what `json` raises."""
-    # GOTCHA [bad-result]: FastAPI's json.loads() takes NaN, "\ud800" and deep nesting; a handler returns anything. One
-    # such value in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is
-    # refused where it comes in: in a payload with a 422, in a result by failing its own task.
+    # GOTCHA [bad-result]: a handler returns anything. NaN would show as null; but one "\ud800", object() or too deep
+    # list in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is refused
+    # where it comes in: here, by failing that one task. A payload goes that way in `parse_payload`, and gets a 422.
     return None if value is None else from_json(JSON_ENCODER.encode(value), allow_inf_nan=False)
 
 def make_jsonable(part: Any) -> Any:
     """Turn what `json` doesn't know (a model, a date, a set) into what it does."""
-    if isinstance(part, Iterator):  # Pydantic would run it, here on the event loop, and it may have no end
+    if isinstance(part, Iterator):  # Pydantic would run it, here on the event loop, as it does one in a dataclass
         raise ValueError("a result can't hold an iterator, nor can a handler yield")
-    return to_jsonable_python(part)
+    return list(part) if isinstance(part, set | frozenset | deque) else to_jsonable_python(part)
 
 JSON_ENCODER = json.JSONEncoder(default=make_jsonable)
 
@@ -159,7 +159,6 @@ class TaskSubmission(BaseModel):
     @classmethod
     def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> Any:
         """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
-        payload = plain_json(payload)
         if "task_type" in info.data:  # else it was refused already
             parse_payload(info.data["task_type"], payload)
         return payload
@@ -208,7 +207,7 @@ class TaskList(BaseModel):
 # The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
 # `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
 # this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
-# The section knows nothing of HTTP; and of an attempt, only how to stop it.
+# Another thread can: call them in the loop's own, as from an `async def` route. Of HTTP nothing is known here.
 
 class QueueError(Exception): """What a caller of the queue can get wrong, or be refused."""
 class TaskNotFound(QueueError): """No such task: the id is wrong, or the task was evicted."""
@@ -309,6 +308,7 @@ class TaskStore:
                idempotency_key: str | None = None) -> TaskStatus:
         """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
         Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
+        asyncio.get_running_loop()  # raises in a thread, as of a plain `def` route: no half-made task
         fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
         if idempotency_key and (earlier := self._keys.get(idempotency_key)):
             if earlier[1] != fingerprint:
@@ -542,10 +542,10 @@ async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any],
     return await result if inspect.isawaitable(result) else result  # of a `def` that wraps an `async def`
 
 async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
-    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did; stopped, it only raises.
-    A thread can't be interrupted. When we are cancelled, its next `update_progress` raises CancelledError, as an await
-    would; until it has ended it goes on working, so we go on waiting, and keep its slot.
-    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever."""
+    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did. A thread can't be
+    interrupted: when we are cancelled, its next `update_progress` raises CancelledError, and we wait on, with its slot.
+    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever. So
+    would this wait: don't copy it without `TaskQueue.__aexit__`, which leaves behind whoever doesn't stop."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
@@ -572,7 +572,7 @@ async def run_in_thread(function: Handler, payload: Any, update_progress: Update
             stopped.set()
     result, error = ended.result()
     if error is not None or stopped.is_set():
-        raise error or asyncio.CancelledError()
+        raise asyncio.CancelledError() if error is None else error
     return result
 
 def simulate(stages: list[str], seconds: float) -> Iterator[tuple[float, float]]:
@@ -689,7 +689,7 @@ class TaskQueue(TaskStore):
             await self._slots.acquire()
             try:
                 _, _, task = await self._ready.get()
-            except BaseException:  # the queue stops; it can be entered again, and will need all its slots
+            except BaseException:  # the queue stops; in this event loop it can be entered again
                 self._slots.release()
                 raise
             if task.status is Status.PENDING:
@@ -856,7 +856,7 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive_limited, send_with_id)
         except SendTimeoutError:
-            # SIMPLIFIED: uvicorn keeps the socket until it is flushed or gone; in production a proxy drops it.
+            # SIMPLIFIED: uvicorn logs an ERROR, and keeps the socket until it is flushed; a proxy would drop it.
             logger.warning("[%s] a reader has stopped reading: its stream is ended", request_id)
         except Exception:
             # GOTCHA [unhandled-is-500]: the answer to an unhandled exception is made further out, by Starlette or the
@@ -979,8 +979,8 @@ PAGE_HEADERS = {"Content-Security-Policy": "style-src 'sha256-{}'; script-src 's
                                                   for text in re.split("</?(?:style|script)>", PAGE)[1::2]))}
 
 # ===== Routes ================================================================================== course module 07 =====
-# The HTTP face: each route turns a request into calls of the queue, and its answer back. The queue's
-# exceptions become status codes in one table, so a route is only about what goes well.
+# The HTTP face: a route turns a request into calls of the queue; one table, its exceptions into status codes.
+# SIMPLIFIED: whoever reaches the port may do it all. Production asks who calls, and keeps their ids and keys apart.
 
 router = APIRouter()
 HTTP_STATUS: dict[type[QueueError], int] = {
@@ -1025,7 +1025,7 @@ async def get_task(task_id: str, request: Request) -> TaskStatus:
     return queue_of(request).get_task(task_id)
 
 @router.delete("/tasks/{task_id}", responses={
-    404: ANSWERS[404], 409: ANSWERS[409], 202: {"description": "A running task was asked to stop"}})
+    404: ANSWERS[404], 409: ANSWERS[409], 202: {"model": dict[str, str], "description": "It was asked to stop"}})
 async def cancel_task(task_id: str, request: Request, response: Response, force: bool = False) -> dict[str, str]:
     """Cancel a waiting task; with `force=true`, also ask a running one to stop."""
     if queue_of(request).cancel(task_id, force).status is Status.CANCELLED:

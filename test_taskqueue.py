@@ -286,6 +286,13 @@ async def test_queue_takes_tasks_only_from_its_start_to_its_stop(gate):
     with pytest.raises(QueueStopped):
         queue.submit(order())
 
+@real_clock
+async def test_queue_refuses_to_be_called_in_another_thread(gate):
+    async with running(gate) as queue:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            await asyncio.to_thread(queue.submit, order(delay=9))
+        assert (queue.submitted, queue.count(Status.PENDING), queue.list_tasks()) == (0, 0, ([], 0))
+
 async def test_queue_runs_lower_priority_numbers_first(gate):
     async with running(gate, max_workers=1) as queue:
         for name, priority in [("low", 10), ("medium", 5), ("high", 1), ("medium 2", 5), ("high 2", 1)]:
@@ -790,7 +797,7 @@ circle.append(circle)
 
 @pytest.mark.parametrize("result", [
     math.nan, [-math.inf], "\ud800", {"\ud800": 1}, object(), print, iter([1]), {"rows": itertools.count()},
-    10**5000, circle, json.loads(deep(400))], ids=lambda value: type(value).__name__)
+    {iter([1])}, 10**5000, circle, json.loads(deep(400))], ids=lambda value: type(value).__name__)
 async def test_workers_bad_result_fails_its_task_and_spoils_nothing(result):
     """GOTCHA [bad-result]: it would be in everybody's list of tasks."""
     async def handle(payload, update_progress):
@@ -1321,8 +1328,9 @@ DOCUMENTED = {
                     "422 application/json HTTPValidationError", "503 application/json Problem"},
     "get /tasks": {"200 application/json TaskList", "422 application/json HTTPValidationError"},
     "get /tasks/{task_id}": {"200 application/json TaskStatus", "404 application/json Problem"},
-    "delete /tasks/{task_id}": {"200 application/json object", "202", "404 application/json Problem",
-                                "409 application/json Problem", "422 application/json HTTPValidationError"},
+    "delete /tasks/{task_id}": {"200 application/json object", "202 application/json object",
+                                "404 application/json Problem", "409 application/json Problem",
+                                "422 application/json HTTPValidationError"},
     "get /tasks/{task_id}/stream": {"200 text/event-stream", "204", "404 application/json Problem"},
     "get /events": {"200 text/event-stream"},
     "get /health": {"200 application/json object", "503 application/json object"},
