@@ -74,7 +74,7 @@ class Settings:
     backoff_cap: float = Field(default=30.0, ge=0, description="longest backoff before any retry, in seconds")
     send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
     ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
-    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes; parsed, up to 25 times it")
+    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes; parsed, some 40 times it")
     failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
     pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
@@ -354,7 +354,7 @@ class TaskStore:
             self._move(task, Status.CANCELLED)
             # GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. That of a cancelled task stays
             # until it is popped, where `worker_loop` skips it. But while no slot is free nothing is popped: submit
-            # and cancel all day, and memory is full. So when a tenth of it, and 64 more, is dead, the heap is swept.
+            # and cancel all day, and memory is full. So at 64, and a tenth, more entries than tasks wait, it is swept.
             if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
                 self._ready.prune()
         elif task.status is Status.RUNNING and force:
@@ -652,26 +652,27 @@ class TaskQueue(TaskStore):
     async def __aexit__(self, *_: object) -> None:
         self.begin_shutdown()
         self._worker.cancel()
-        await asyncio.wait([self._worker])
-        await self._wait_for_running(self.settings.drain_seconds)
-        for task in self._newest_first(Status.RUNNING):
-            self._stop(task, "shutdown")
-        await self._wait_for_running(self.STUBBORN_SECONDS)
-        for task in self._newest_first(Status.RUNNING, Status.PENDING):
-            if task.run:
-                logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
-                asyncio._unregister_task(task.run)  # or asyncio.run() would wait for it, for ever
-                task.run._log_destroy_pending = False  # type: ignore[attr-defined]  # we have said so already
-            self._move(task, Status.CANCELLED)
-        self._check_deadlines()  # none is left: this puts the alarm away
+        try:
+            await self._wait_for_running(self.settings.drain_seconds)
+        finally:  # who is cancelled while it drains, as by a Ctrl-C, cuts that short and no more
+            for task in self._newest_first(Status.RUNNING):
+                self._stop(task, "shutdown")
+            await self._wait_for_running(self.STUBBORN_SECONDS)
+            for task in self._newest_first(Status.RUNNING, Status.PENDING):
+                if task.run:
+                    logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
+                    asyncio._unregister_task(task.run)  # or asyncio.run() would wait for it, for ever
+                    task.run._log_destroy_pending = False  # type: ignore[attr-defined]  # we have said so already
+                self._move(task, Status.CANCELLED)
+            self._check_deadlines()  # none is left: this puts the alarm away
 
     async def _wait_for_running(self, seconds: float) -> None:
-        if runs := [task.run for task in self._newest_first(Status.RUNNING) if task.run]:
-            await asyncio.wait(runs, timeout=seconds)
+        runs = [task.run for task in self._newest_first(Status.RUNNING) if task.run]
+        await asyncio.wait([self._worker, *runs], timeout=seconds)
 
     @property
     def is_running(self) -> bool:
-        """Whether the worker loop is alive."""
+        """Whether the worker loop is alive; it is made when the queue is entered."""
         # GOTCHA [dead-loop]: a flag that is set at the start and cleared at the stop is still set when the loop has
         # died of a bug: health says healthy, and nothing runs. So we ask the loop itself.
         return not self._worker.done()
@@ -736,8 +737,7 @@ class TaskQueue(TaskStore):
 
     def _report(self, task: Task, attempt: int, percent: float) -> None:
         """What a handler calls as `update_progress(percent)`, from whatever thread."""
-        is_number = isinstance(percent, int | float) and not isinstance(percent, bool)
-        if not is_number or not 0 <= percent <= 100:  # nan is not between them either
+        if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent <= 100:  # or nan
             raise ValueError(f"progress must be a number from 0 to 100, not {percent!r:.40}")
         # GOTCHA [progress-from-thread]: asyncio's objects are not thread-safe. A watcher that is woken from another
         # thread may sleep on until something else happens in the loop.
@@ -835,7 +835,7 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id  # for routes: `request.state.request_id`
 
         async def receive_limited() -> Message:
-            # WHY not FastAPI's max_body_size: its 413 is plain text, and is sent past this middleware.
+            # WHY not FastAPI's max_body_size: its 413 is plain text and without our id, if there is a Content-Length.
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))

@@ -908,6 +908,18 @@ async def test_shutdown_leaves_a_queue_that_can_be_entered_again(gate):
         async with queue:
             await bring_to("completed", queue, gate)  # and so the loop holds the slot again, and waits for a task
 
+async def test_shutdown_that_is_cancelled_itself_still_ends_every_task(gate):
+    async def live():
+        async with queue:
+            for name in ("runs", "waits"):
+                queue.submit(order(name))
+            await quiet()
+
+    queue = running(gate, max_workers=1, drain_seconds=5)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(live(), 1)
+    assert ([task.status for task in queue.list_tasks()[0]], now()) == (["cancelled"] * 2, pytest.approx(1, abs=0.001))
+
 async def test_shutdown_cancels_all_that_has_not_finished_by_then(gate, caplog):
     async with running(gate, max_workers=2, drain_seconds=5, backoff_base=0) as queue:
         for name in ("runs", "fails while it drains", "waits"):
