@@ -71,7 +71,7 @@ class Settings:
     keep_finished: int = Field(default=1000, ge=0, description="finished tasks that are kept; the oldest goes first")
     drain_seconds: float = Field(default=5.0, ge=0, description="seconds that running handlers get at shutdown")
     backoff_base: float = Field(default=0.5, ge=0, description="longest backoff before the first retry, in seconds")
-    backoff_cap: float = Field(default=30.0, ge=0, description="longest backoff before any retry, in seconds")
+    backoff_cap: float = Field(default=30.0, ge=0, le=86_400, description="longest backoff of all, in seconds")
     send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
     ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
     max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes; parsed, some 40 times it")
@@ -252,8 +252,8 @@ class Task:
     stop_cause: str | None = None  # one of STOP_CAUSES
 
 # GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
-# never gets to the task. With a clock instead, tasks of one priority are shuffled when it steps back, and a tie raises
-# a TypeError, as (priority, task) would for equal priorities.
+# never gets to the task. By a time instead, a clock that steps back shuffles tasks, and a tie compares two Tasks:
+# a TypeError, as (priority, task) is one for equal priorities.
 ReadyEntry = tuple[Priority, int, Task]
 
 class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
@@ -497,7 +497,7 @@ class TaskStore:
 
     def _stop(self, task: Task, cause: str) -> None:
         """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
-        WHY not `asyncio.timeout()`: its verdict is an exception, and for one of the three causes only."""
+        WHY not `asyncio.timeout()`: it knows but one of the three causes, and says it by an exception."""
         # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
         # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
         # exception: the cause is written down before the cancel, and a lesser one can't replace it.
@@ -519,7 +519,7 @@ HANDLERS: dict[TaskType, Handler] = {}
 current_settings = ContextVar("current_settings", default=Settings())  # each queue's attempts see their own
 
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
-    """Register the function, and its payload's annotation as the model, which an app's other `handlers` share."""
+    """Register the function, and its payload's annotation as the type's model, whatever `handlers` an app has."""
     def register(function: Handler) -> Handler:
         HANDLERS[task_type] = function
         first_parameter = next(iter(inspect.signature(function).parameters))
@@ -807,7 +807,7 @@ class Metrics:
                 } for route, buckets in self.buckets.items()}}
 
     def as_prometheus(self) -> Iterator[str]:
-        """Lines of the text format 0.0.4. There a bucket counts all that took up to its bound."""
+        """Lines of the text format 0.0.4. Unlike in JSON, a bucket counts the ones below too."""
         labels = {route: f'method="{route[0]}",route="{route[1]}"' for route in self.statuses}
         yield "# TYPE taskqueue_http_requests_total counter"
         for route, statuses in self.statuses.items():
@@ -1153,7 +1153,7 @@ def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Hand
     return app
 
 def warn_of_more_processes() -> None:
-    """Warn of several processes. SIMPLIFIED: the queue lives in this one; production has a broker outside of them."""
+    """Warn where several processes seem asked for. SIMPLIFIED: the queue lives in one; production has a broker."""
     words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
     if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
         logger.warning("more than one process: each has a queue of its own, whose tasks are a 404 in the others")

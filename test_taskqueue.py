@@ -245,7 +245,8 @@ def test_settings_are_frozen_and_have_the_defaults_of_the_contract():
 
 @pytest.mark.parametrize("knob", [
     {"max_workers": 0}, {"max_pending": 0}, {"keep_finished": -1}, {"drain_seconds": -1}, {"backoff_base": -1},
-    {"backoff_cap": -1}, {"send_timeout": 0}, {"ping_seconds": 0}, {"failure_rate": 1.1}, {"pace": math.nan}], ids=str)
+    {"backoff_cap": -1}, {"backoff_cap": math.inf}, {"send_timeout": 0}, {"ping_seconds": 0}, {"failure_rate": 1.1},
+    {"pace": math.nan}], ids=str)
 def test_settings_out_of_range_are_refused(knob):
     with pytest.raises(ValidationError):
         Settings(**knob)
