@@ -1,1300 +1,3066 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.120.1", "uvicorn[standard]>=0.30", "pydantic>=2.10", "sse-starlette>=3.4.1",
-#                 "httpx>=0.27", "pytest>=8"]
-# ///
-"""An async task queue service in one file: FastAPI, asyncio and Server-Sent Events, all in memory.
+"""An async task queue service in one file: FastAPI, asyncio and Server-Sent Events.
 
-The life of one task, from its request to the last frame of its stream:
-    POST /tasks ──► TaskSubmission ──► submit() ──► ready heap ◄────── timer ◄──────┐
-                    refuses bad input     │         best first         delay and    │
-                                          ▼             │              backoff      │ retry
-                                     Task record        ▼                           │
-                                          ▲        worker_loop() takes a slot,      │
-                                _move() and _report()   │     then the best task    │
-                                write it, and wake      ▼                           │
-                                          │        _attempt() ──► your handler      │
-                                          ▼                            │            │
-    GET /tasks/{id}/stream ◄────────── watch()          _settle() ◄────┴────────────┘
+A client posts a task and gets its answer at once. Workers run the task later, a few
+at a time, the most urgent first. Until it is done the client can ask how far it is,
+or watch it live. Everything is kept in memory, in one process.
 
-The words used throughout:
-    task         one piece of work: a `Task` record inside, a `TaskStatus` picture of it outside
-    handler      the function that does the work of one task type
-    attempt      one run of a handler for a task; a retry is the next attempt
-    slot         the right to run one attempt; there are `max_workers` of them
-    worker loop  the one coroutine that takes a slot, then the best task, and starts an attempt
-    sequence     the number of a submission: the order within one priority, and no time of day
-    version      the number of a change: a stream sends it as `id:` and gets it back as Last-Event-ID
-    watcher      a stream that waits for changes; all it holds is the last version that it sent
+    POST /tasks ──► submit() ──► ready heap ──► worker_loop() ──► your handler
+                        │            ▲                                  │
+                        │            └── retry, after a backoff ────────┤
+                        ▼                                               │
+                   TaskRecord ◄──── progress, then a result or error ───┘
+                        │
+                        └── each change wakes watch() ──► GET /tasks/{id}/stream
 
-Read it top to bottom; no section needs to know those below it:
-    Settings · Models · Queue · Handlers · Workers · Middleware · Page · Routes · App · Demo
-`WHY` gives the choice made and the one rejected. `GOTCHA [name]` is a bug that the code beside it prevents, and there
-is a test of that name. `SIMPLIFIED` says what production would do instead.
-`python taskqueue.py` is a live demo, `uvicorn taskqueue:app --reload` the service alone, `python -m pytest` its proof.
+The life of a task. It can be cancelled while it waits, and while it runs. There is no
+other way than these arrows: move() refuses it.
+
+    pending ──► running ──► completed
+     │  ▲          ├──────► failed
+     │  └─ retry ──┤
+     └─────────────┴──────► cancelled
+
+
+TWO IDEAS CARRY THE FILE
+
+1.  One thread, taking turns. All requests, streams and `async def` handlers share one
+    thread. Each runs until it comes to an `await` that has to wait, and only there can
+    another one run. So a function without `await` is atomic: it runs to its end before
+    anything else runs. It needs no lock.
+
+2.  Look, then wait. Some coroutines wait for something: a stream waits for news. It
+    looks first. If there is nothing new, it waits for a signal, and looks again. The
+    signal only says "something has changed". It carries no message. So no message can
+    be lost, come twice, or pile up in memory.
+
+
+THE MAP. Read from top to bottom: each section uses only what stands above it. At the
+right is the course module that a section belongs to.
+
+    Settings     what an operator can set
+    Models       what comes in and goes out, and who checks it         module 02
+    Handlers     the functions that do the work                        module 05
+    Queue        the books: where each task stands, and who watches    module 05
+    Workers      who starts a task, and how an attempt ends            module 05
+    Middleware   what every request has in common                      module 07
+    Routes       the queue over HTTP, and the stream of a task         module 07
+    App          the parts put together                                module 05
+
+Then the lesson ends. A live page, with its stream of all tasks, and a guided tour show
+it at work.
+
+THE FIRST READING takes about 90 minutes. It is these functions and classes. Each has
+the line `# First reading.` above it. Leave the rest for a second time.
+
+    Settings
+    TaskSubmission · TaskStatus
+    handler · process_task · run_in_thread · send_email
+    TRANSITIONS · Signal · TaskRecord · TaskStore: move · changed · _watch
+    backoff_delay · TaskQueue: __aexit__ · submit · cancel · _schedule · _make_ready
+    worker_loop · _attempt · _settle
+    RequestMiddleware
+    submit_task · get_task · cancel_task · event_stream · stream_task · create_app
+
+THE WORDS
+
+    task          one piece of work that a client has asked for
+    handler       the function that does the work of one task type
+    attempt       one call of a handler for a task; a retry is the next attempt
+    slot          the right to run one attempt; there are `max_workers` of them
+    ready heap    the tasks that may start; a heap gives its smallest entry first
+    worker loop   the one coroutine that takes a slot, then the best task
+    record        what the queue knows of a task (TaskRecord); it changes
+    snapshot      a copy of a record at one moment (TaskStatus); it never changes
+    version       the number of a change; a stream sends it as its `id:`
+    asyncio task  asyncio's own word for a running coroutine; never just "task" here
+    lifespan      what an app does before its first request and after its last one
+
+THE SIGNS
+
+    NEW:            a tool of asyncio, ASGI, SSE or Pydantic, where it is first used
+    GOTCHA [name]   a trap: how everybody writes it, what happens then, what we do.
+                    `pytest -k name` runs its test, with "_" for each "-" in the name.
+    WHY             a choice, and what was rejected
+    SIMPLIFIED      what a production system would do instead
+
+`python taskqueue.py` is a live demo. `uvicorn taskqueue:app --reload` is the service.
 """
 
-import argparse, asyncio, base64, bisect, contextlib, functools, gc, hashlib, heapq, inspect, itertools, json, logging
-import math, os, random, re, secrets, socket, sys, threading, time
-from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
-from enum import IntEnum, StrEnum
-from types import FrameType, SimpleNamespace
-from typing import Annotated, Any, Self, get_type_hints
+import sys
 
-import httpx, pydantic.dataclasses, uvicorn
-from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"taskqueue.py needs Python 3.11 or newer, and this is {sys.version[:6]}.")
+
+import argparse
+import asyncio
+import contextlib
+import contextvars
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import math
+import numbers
+import os
+import random
+import re
+import secrets
+import socket
+import sysconfig
+import textwrap
+import threading
+import time
+import traceback
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import IntEnum, StrEnum
+from types import FrameType
+from typing import Annotated, Any, Self
+
+import httpx
+import uvicorn
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
-from pydantic import ValidationError, ValidationInfo, field_validator
-from pydantic_core import from_json, to_json, to_jsonable_python
-from sse_starlette.event import ServerSentEvent
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    computed_field,
+    field_validator,
+)
+from pydantic_core import to_json
 from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("taskqueue")
 
-# ===== Settings =======================================================================================================
-# Every knob for operators, with its unit, range and default. The object is frozen, and no setting is a global: two apps
-# with different settings can live in one process, as in the tests. The demo's flags are made from this class.
 
-@pydantic.dataclasses.dataclass(frozen=True)
-class Settings:
-    """The knobs of one queue. Raises ValidationError, a ValueError, for a value out of range."""
+# ===== Settings =======================================================================
+# What an operator can set. It is an object, and no setting is a global: two apps with
+# different settings can live in one process, and in the tests they do.
+#
+# NEW: A Pydantic model is a class whose fields have types. Pydantic checks each value
+# when an object is made, and raises ValidationError if one is wrong:
+#     Settings(max_workers=0)  →  "Input should be greater than or equal to 1"
+# `Field(...)` holds the default, the limits (`ge` is ≥, `le` is ≤, `gt` is >), and a
+# description. The demo makes its command line flags from these.
 
-    max_workers: int = Field(default=3, ge=1, le=1000, description="attempts that run at once")
-    max_pending: int = Field(default=1000, ge=1, description="tasks that may wait; one more gets a 503, no retry does")
-    keep_finished: int = Field(default=1000, ge=0, description="finished tasks that are kept; the oldest goes first")
-    drain_seconds: float = Field(default=5.0, ge=0, description="seconds that running handlers get at shutdown")
-    backoff_base: float = Field(default=0.5, ge=0, description="longest backoff before the first retry, in seconds")
-    backoff_cap: float = Field(default=30.0, ge=0, le=10**9, description="longest backoff of all, in seconds")
-    send_timeout: float = Field(default=10.0, gt=0, description="seconds until a stalled stream reader is dropped")
-    ping_seconds: float = Field(default=15.0, gt=0, description="seconds between the keep-alives of a stream")
-    max_body: int = Field(default=65_536, ge=1, description="largest request body, in bytes; parsed, some 40 times it")
-    failure_rate: float = Field(default=0.1, ge=0, le=1, description="simulated handlers: their chance to fail")
-    pace: float = Field(default=1.0, ge=0, description="simulated handlers: their seconds are multiplied by this")
 
-# ===== Models ================================================================================== course module 02 =====
-# What may come in, and what goes out. TaskSubmission is strict: an order that is wrong in any detail is refused at the
-# door, with the place and the reason; only the payload may have keys that its model doesn't name.
+# First reading.
+class Settings(BaseModel):
+    """The settings of one queue. Times are in seconds, sizes in bytes.
+
+    Raises ValidationError, which is a ValueError, for a value out of range.
+    """
+
+    # frozen: nobody can change a setting later, halfway through its use.
+    # extra="forbid": a misspelt name is an error, and is not ignored.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_workers: int = Field(3, ge=1, le=1000, description="attempts that run at once")
+    max_pending: int = Field(1000, ge=1, description="tasks that may wait")
+    keep_finished: int = Field(1000, ge=0, description="finished tasks that are kept")
+    # At a stop, handlers that run may go on for so long.
+    drain_seconds: float = Field(5.0, ge=0, description="for handlers, at a stop")
+    # A retry waits at most base, 2 x base, 4 x base …, and never longer than cap.
+    backoff_base: float = Field(0.5, ge=0, description="longest wait, 1st retry")
+    backoff_cap: float = Field(30.0, ge=0, le=10**9, description="longest wait, any")
+    # A client that has not read for so long is dropped from its stream.
+    send_timeout: float = Field(10.0, gt=0, description="until a stalled reader goes")
+    # A stream without news sends a ping: a proxy closes a connection that is silent.
+    ping_seconds: float = Field(15.0, gt=0, description="between a stream's pings")
+    max_body: int = Field(65_536, ge=1, description="bytes of a request's body")
+    max_result: int = Field(65_536, ge=1, description="bytes of a result, as JSON")
+    # The handlers in this file only pretend to work. These two are for them.
+    failure_rate: float = Field(0.1, ge=0, le=1, description="chance to fail")
+    pace: float = Field(1.0, ge=0, description="their seconds are multiplied by it")
+
+
+DEFAULTS = Settings()
+
+
+# ===== Models ======================================================= module 02 =======
+# What may come in, and what goes out. What comes in is checked here, at the door, and
+# is refused with the place and the reason. One thing can't be checked here: whether a
+# payload fits its handler. TaskQueue.submit() does that.
+#
+# NEW: Three words decide how strict a Pydantic model is.
+#     strict=True       "800" is not 800. Without it Pydantic converts, and guesses.
+#     extra="forbid"    an unknown field is an error. The default ignores it: a client
+#                       who writes "retries" for "max_retries" never learns why there
+#                       are none.
+#     extra="allow"     an unknown field is kept.
+
 
 class TaskType(StrEnum):
-    """The kinds of work. A new one takes a member here, a payload model, and a function under @handler."""
+    """The kinds of work. A new one takes a member here, a payload model, a handler."""
+
     RESIZE_IMAGE = "resize_image"
     GENERATE_REPORT = "generate_report"
     SEND_EMAIL = "send_email"
 
-class Priority(IntEnum):  # lower runs first
+
+class Priority(IntEnum):
+    """How urgent a task is. A lower number runs first."""
+
     HIGH = 1
     MEDIUM = 5
     LOW = 10
 
+
 class Status(StrEnum):
-    """Where a task is in its life. TRANSITIONS, in the next section, says where it can go from there."""
+    """Where a task is in its life."""
+
     PENDING = "pending"
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
-FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+FINAL = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
+
 
 class Payload(BaseModel):
-    """What a handler is given. Strict: "800" is not 800. Keys that the model doesn't name are kept."""
+    """What a handler works on. Each task type has a model of its own, below.
+
+    Each field has a default, so that `{}` is a valid payload. Further keys are kept.
+    """
+
     model_config = ConfigDict(strict=True, extra="allow")
 
+
 class ResizeImagePayload(Payload):
+    """For TaskType.RESIZE_IMAGE. Width and height are in pixels."""
+
     url: str = "https://example.com/cat.jpg"
     width: int = Field(800, ge=1)
     height: int = Field(600, ge=1)
 
+
 class GenerateReportPayload(Payload):
+    """For TaskType.GENERATE_REPORT."""
+
     report_id: str | int = "weekly"
     format: str = "pdf"
 
+
 class SendEmailPayload(Payload):
+    """For TaskType.SEND_EMAIL."""
+
     to: str = "someone@example.com"
     subject: str = "Hello"
     body: str = ""
 
-PAYLOAD_MODELS: defaultdict[TaskType, TypeAdapter[Any]] = defaultdict(lambda: TypeAdapter(Payload))  # @handler fills it
 
-def plain_json(value: Any) -> Any:
-    """Return a copy of `value` as JSON carries it: (1, 2) → [1, 2], a model → a dict. Raises what `json` raises."""
-    # GOTCHA [bad-result]: a handler returns anything. NaN would show as null; but one "\ud800", object() or too deep
-    # list in one task, and every later GET /tasks is a 500. So what doesn't survive the way to JSON and back is refused
-    # where it comes in: here, by failing that one task. A payload goes that way in `parse_payload`, and gets a 422.
-    return None if value is None else from_json(JSON_ENCODER.encode(value), allow_inf_nan=False)  # None: the usual one
+MAX_DEPTH = 100  # levels of lists and objects; Pydantic can't read more than 200
 
-def make_jsonable(part: Any) -> Any:
-    """Turn what `json` doesn't know (a model, a date, a set) into what it does."""
-    if isinstance(part, Iterator):  # Pydantic would run it, here on the event loop, as it does one in a dataclass
-        raise ValueError("a result can't hold an iterator, nor can a handler yield")
-    return list(part) if isinstance(part, set | frozenset | deque) else to_jsonable_python(part)
 
-JSON_ENCODER = json.JSONEncoder(default=make_jsonable)
+def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -> float:
+    """Check that `value` is plain JSON, and not too large. `where` names it.
 
-def parse_payload(task_type: TaskType, payload: dict[str, Any]) -> Any:
-    """The payload as its task type's model. By way of JSON: nothing is shared, strict models take text for a date."""
-    return PAYLOAD_MODELS[task_type].validate_json(to_json(payload))
+    Plain JSON is an object with text keys, a list or tuple, text, a finite number,
+    True, False or None. Anything else raises ValueError, and so do more than MAX_DEPTH
+    levels. The message says where: "result.rows[3] is a date, which JSON has no form
+    for".
 
-# An enum alone would also take True and 1.0, which are equal to 1.
-PlainPriority = Annotated[Priority, Field(strict=False), BeforeValidator(TypeAdapter(StrictInt).validate_python)]
+    `room` is a budget of bytes. Each value takes from it, and hands on what is left:
+    that is what this returns. (Text takes at least a byte for each character.)
 
+    GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
+    a value is kept as it came. Then every later `GET /tasks` that shows this task is a
+    500, for all clients: "Out of range float values are not JSON compliant", or
+    "surrogates not allowed". (A surrogate is half of a character. Alone it can't be
+    written as UTF-8.) So what JSON can't carry is refused where it comes in. Only that
+    one task suffers.
+
+    GOTCHA [one-error-each]: Pydantic collects every error of a body. With its type
+    JsonValue, 64 KB of NaN are 16,000 errors, each with its whole path: three seconds
+    of work for one 422. A payload is checked here instead. The first error ends it.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where:.200} has more than {MAX_DEPTH} levels")
+    room -= 1  # each value takes at least a byte
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has a key that is no text: {key!r:.40}")
+            room = check_json(key, f"a key of {where}", room, depth)  # no new level
+            room = check_json(item, f"{where}.{key:.40}", room, depth + 1)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            room = check_json(item, f"{where}[{index}]", room, depth + 1)
+    elif isinstance(value, str):
+        room -= len(value)
+        value.encode()  # a lone surrogate, as "\ud800", is a UnicodeEncodeError
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}, and JSON has only finite numbers")
+    elif isinstance(value, int):  # True and False are ints, too
+        str(value)  # Python raises ValueError for more than 4,300 digits
+    elif value is not None:
+        kind = type(value).__name__
+        raise ValueError(f"{where} is a {kind}, which JSON has no form for")
+    if room < 0:
+        raise ValueError(f"{where} is where it gets larger than it may be")
+    return room
+
+
+def show_payloads(schema: dict[str, Any]) -> None:
+    """Put the fields of all payload models into the API's documentation."""
+    schema["anyOf"] = [each.model_json_schema() for each in Payload.__subclasses__()]
+
+
+# First reading.
 class TaskSubmission(BaseModel):
-    """An order for a task. Unknown fields are refused: a typo is a 422, not a surprise."""
+    """What a client sends to submit a task. Unknown fields are refused."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    task_type: Annotated[TaskType, Field(strict=False, examples=["resize_image"])]
-    payload: dict[str, JsonValue] = Field({}, validate_default=True, examples=[{"url": "a.jpg", "width": 400}])
-    priority: PlainPriority = Field(Priority.MEDIUM, description="1 high, 5 medium, 10 low")
-    max_retries: int = Field(0, ge=0, le=10, description="further attempts after a failed one")
+
+    # JSON has no enums: the text "send_email" must be turned into one. Hence not strict.
+    task_type: TaskType = Field(strict=False, description="which handler does it")
+    payload: dict[str, Any] = Field({}, json_schema_extra=show_payloads)
+    priority: Priority = Field(Priority.MEDIUM, strict=False, description="1, 5 or 10")
+    max_retries: int = Field(0, ge=0, le=10, description="attempts after the first one")
     timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
     delay: float = Field(0, ge=0, le=86_400, description="seconds before it may start")
 
+    # NEW: A validator is a function of ours that Pydantic calls for one field. It
+    # returns the value, or raises ValueError with the reason. With mode="before" it
+    # sees what came in, before Pydantic has converted it.
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def check_priority(cls, priority: Any) -> Any:
+        """In Python `True == 1` and `1.0 == 1`: an enum alone would take them."""
+        if type(priority) not in (int, Priority):
+            raise ValueError("must be 1, 5 or 10, as a whole number")
+        return priority
+
     @field_validator("payload")
     @classmethod
-    def check_payload(cls, payload: dict[str, Any], info: ValidationInfo) -> Any:
-        """Check it against its task type's model, whose errors Pydantic merges into ours; keep it as it was sent."""
-        if "task_type" in info.data:  # else it was refused already
-            parse_payload(info.data["task_type"], payload)
+    def check_payload(cls, payload: dict[str, Any]) -> dict[str, Any]:
+        """Is it plain JSON? Its size is limited by `max_body`, in the middleware."""
+        check_json(payload, "payload")
         return payload
 
+
+# First reading.
 class TaskStatus(BaseModel):
-    """A picture of a task at one moment. WHY not the queue's own `Task`: that one changes, in its reader's hands."""
+    """A snapshot of a task at one moment. Unlike the queue's own record it can't change
+    in its reader's hands."""
+
+    # from_attributes: `TaskStatus.model_validate(record)` reads the fields it needs
+    # from the attributes of any object.
     model_config = ConfigDict(frozen=True, from_attributes=True)
+
     id: str
     task_type: TaskType
     priority: Priority
-    payload: dict[str, Any] = Field(description="as it was sent")
     status: Status
     progress: int = Field(ge=0, le=100, description="per cent of this attempt")
     attempt: int = Field(description="0 before the first")
     max_retries: int
-    result: Any = Field(description="what the handler returned, once completed")
-    error: str | None = Field(description="why the latest attempt failed; null once another begins")
-    request_id: str | None = Field(description="X-Request-ID of the request that submitted it")
+    error: str | None = Field(description="why the latest attempt failed")
+    request_id: str | None = Field(description="X-Request-ID of the submission")
     created_at: datetime
-    not_before: datetime | None = Field(description="the end of its delay, or of its latest backoff")
-    started_at: datetime | None = Field(description="when the latest attempt began")
-    completed_at: datetime | None = Field(description="when it reached its final status")
-    version: int = Field(exclude=True)  # over HTTP it is the `id:` of a frame
+    not_before: datetime | None = Field(description="end of its delay or backoff")
+    started_at: datetime | None = Field(description="start of the latest attempt")
+    completed_at: datetime | None = Field(description="when it reached a final status")
+
+    # exclude: these are for Python. They are not part of the answer.
+    version: int = Field(exclude=True)
+    payload_json: bytes = Field(exclude=True)
+    result_json: bytes = Field(exclude=True)
+
+    # NEW: A computed field is a property that is part of the answer, too. The queue
+    # keeps payload and result as JSON text, and here they are parsed when asked for.
+    # WHY text: `[[],[],[]…]` takes 64 KB as text, and 2 MB as Python lists. Nobody can
+    # change a text by accident. Each reader and each attempt gets a copy of its own.
+
+    @computed_field(description="as it was sent")  # type: ignore[prop-decorator]
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What was submitted, without the defaults of its model."""
+        return dict(json.loads(self.payload_json))
+
+    @computed_field(description="what the handler returned")  # type: ignore[prop-decorator]
+    @property
+    def result(self) -> Any:
+        """None until the task is completed. It may be None then, too."""
+        return json.loads(self.result_json)
+
+    # A stream sends one of these two forms. However many clients watch a task, a form
+    # is encoded once for each change: a cached_property keeps what it has returned.
 
     @functools.cached_property
-    def progress_frame(self) -> bytes:
-        """This change, as the task's own stream sends it: encoded once, however many watch."""
-        extra = {Status.COMPLETED: {"result"}, Status.FAILED: {"error"}}.get(self.status, set())
-        data = self.model_dump_json(include={"status", "progress", "attempt"} | extra)
-        return encode_frame("progress", data, self.version)
+    def progress_json(self) -> str:
+        """For the stream of this one task."""
+        fields = {"status", "progress", "attempt"}
+        outcome = {Status.COMPLETED: {"result"}, Status.FAILED: {"error"}}
+        return self.model_dump_json(include=fields | outcome.get(self.status, set()))
 
     @functools.cached_property
-    def task_frame(self) -> bytes:
-        """This change, as the stream of all tasks sends it: without the payload, which can be large."""
-        return encode_frame("task", self.model_dump_json(exclude={"payload"}), self.version)
+    def summary_json(self) -> str:
+        """For the stream of all tasks, on the page. It leaves the payload out."""
+        return self.model_dump_json(exclude={"payload"})
 
-def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
-    """A frame: id:, event: and data: lines, and an empty one (HTML standard, 9.2.5). "error" is EventSource's own."""
-    return ServerSentEvent(data, event=event, id=None if version is None else str(version), sep="\n").encode()
 
 class TaskList(BaseModel):
+    """One page of a list of tasks."""
+
     tasks: list[TaskStatus]
-    total: int = Field(description="every match, not just this page")
+    total: int = Field(description="all that match, not only those on this page")
 
-# ===== Queue =================================================================================== course module 05 =====
-# The records of all tasks, and who may change them. Each fact has one owner: `_move` is the only writer of a task's
-# `status`, `_changed` of its `version`, and `_schedule` the only way into the ready heap. Except for the watchers, all
-# this is plain functions that never await: no other coroutine can run between two of their lines, so no lock is needed.
-# Another thread can: call them in the loop's own, as from an `async def` route. Of HTTP nothing is known here.
 
-class QueueError(Exception): """What a caller of the queue can get wrong, or be refused."""
-class TaskNotFound(QueueError): """No such task: the id is wrong, or the task was evicted."""
-class TaskNotCancellable(QueueError): """The task has ended; or it runs, and `force` was not given."""
-class IdempotencyKeyReused(QueueError): """The key came with another submission before."""
-class QueueFull(QueueError): """`max_pending` tasks are waiting."""
-class QueueStopped(QueueError): """The queue is not running: it was not entered yet, or it stops."""
-class IllegalTransition(Exception): """A bug in this file: a task was to move where it can't go."""
+# ===== Handlers ===================================================== module 05 =======
+# The functions that do the work, and how one of them is called. A handler is given its
+# payload, and a function to report its progress with. What it returns is the result.
+# It knows nothing of the queue. So it can be tested alone, and moved elsewhere.
+#
+# NEW: `async def` makes a coroutine function. A call of it runs nothing yet. It returns
+# a coroutine, and `await` runs that. Forget the `await`, and Python only warns:
+# "coroutine 'send_email' was never awaited". At an `await` that has to wait, the
+# coroutine is put aside. The event loop, which is asyncio's list of what can go on,
+# gives the next one its turn.
+#
+# GOTCHA [blocking-handler]: `time.sleep(5)` in an `async def` has no `await`, so it
+# never gives up its turn. For five seconds no request is answered, no stream moves, no
+# timer fires. Write `await asyncio.sleep(5)`. Or write a plain `def` handler, as you
+# must for a library that blocks. Those run in a thread of their own.
 
-TRANSITIONS: dict[Status, set[Status]] = {
-    Status.PENDING: {Status.RUNNING, Status.CANCELLED},
-    Status.RUNNING: {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.PENDING},  # PENDING: a retry
-    Status.COMPLETED: set(), Status.FAILED: set(), Status.CANCELLED: set()}
-STOP_CAUSES = (None, "timeout", "cancel", "shutdown")  # why an attempt was asked to stop; each outranks those before
+Reporter = Callable[[float], None]  # of progress: takes per cent, from 0 to 100
+Handler = Callable[[Any, Reporter], Any]  # an `async def`, or a plain `def`
+Handlers = Mapping[TaskType, Handler]
 
-@dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone, and can be a dict's key
-class Task:
-    """All that is known of one task. Private to the queue and its workers."""
-    id: str
-    sequence: int
-    created_at: datetime
-    request_id: str | None
-    idempotency_key: str | None  # the client's name for its order: sent again, it makes no second task
-    task_type: TaskType
-    priority: Priority
-    payload: dict[str, Any]
-    max_retries: int
-    timeout: float
-    status: Status = Status.PENDING
-    progress: int = 0
-    attempt: int = 0
-    result: Any = None
-    error: str | None = None
-    not_before: datetime | None = None
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
-    version: int = 0
-    view: TaskStatus | None = None  # the picture of this version, once it was asked for
-    timer: asyncio.TimerHandle | None = None  # the end of its delay or backoff
-    deadline: float = math.inf  # of the attempt that runs, by the clock of the event loop
-    run: "asyncio.Task[None] | None" = None  # the attempt that runs now, as asyncio's kind of task
-    stop_cause: str | None = None  # one of STOP_CAUSES
+HANDLERS: dict[TaskType, Handler] = {}  # filled by @handler
 
-# GOTCHA [tie-break]: a heap compares its entries from left to right, and no two of ours have the same sequence, so it
-# never gets to the task. By a time instead, a clock that steps back shuffles tasks, and a tie compares two Tasks:
-# a TypeError, as (priority, task) is one for equal priorities.
-ReadyEntry = tuple[Priority, int, Task]
 
-class ReadyHeap(asyncio.PriorityQueue[ReadyEntry]):
-    """The tasks that may start now. A heap is a list whose first entry is always the best; this one can also forget."""
+class DoNotRetry(Exception):
+    """A handler raises this where a retry is useless: the task fails now."""
 
-    def prune(self) -> None:
-        """Drop the entries of tasks that no longer wait."""
-        heap: list[ReadyEntry] = self._queue  # type: ignore[attr-defined]  # asyncio's own, for subclasses
-        heap[:] = [entry for entry in heap if entry[2].status is Status.PENDING]
-        heapq.heapify(heap)
 
-class Shelf:
-    """The tasks of one status, by sequence, in blocks of neighbouring numbers. To add or remove one costs the same for
-    any number of them, in whatever order they come and go; and a page of a list sorts only the blocks it touches."""
-    BLOCK = 2048
+class BadResult(DoNotRetry):
+    """What a handler has returned is not plain JSON, or it is too large."""
 
-    def __init__(self) -> None:
-        self.blocks: defaultdict[int, dict[int, Task]] = defaultdict(dict)
-        self.count = 0
 
-    def add(self, task: Task) -> None:
-        self.blocks[task.sequence // self.BLOCK][task.sequence] = task
-        self.count += 1
+def payload_type(function: Handler) -> TypeAdapter[Any]:
+    """The type in the annotation of the handler's first parameter.
 
-    def remove(self, task: Task) -> None:
-        block = self.blocks[task.sequence // self.BLOCK]
-        del block[task.sequence]
-        if not block:
-            del self.blocks[task.sequence // self.BLOCK]
-        self.count -= 1
+    It is `SendEmailPayload` for `def send(payload: SendEmailPayload, update_progress)`.
+    Without an annotation, or for Any, it is Payload. Raises TypeError if
+    the function can't be called with a payload and an `update_progress`.
+    """
+    # NEW: A TypeAdapter makes a model out of any type. For example
+    # TypeAdapter(list[int]).validate_json("[1, 2]") returns [1, 2].
+    try:
+        signature = inspect.signature(function, eval_str=True)
+        signature.bind("payload", "update_progress")  # do two arguments fit?
+        first = next(iter(signature.parameters.values()))
+        if first.annotation in (first.empty, Any):
+            return TypeAdapter(Payload)
+        return TypeAdapter(first.annotation)
+    except Exception as error:
+        text = f"{function!r} can't be called as handler(payload, update_progress)"
+        raise TypeError(f"{text}: {error}") from error
 
-class TaskStore:
-    """Submit, look up, list, cancel and watch tasks. TaskQueue, further down, adds those who run them."""
-    SNAPSHOT = 100  # tasks that a new watcher of everything is shown
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.stopping = True  # until `async with` begins
-        self.submitted = self.evicted = self.watchers = 0
-        # WHY from the clock and not from 0: a client may come back with the Last-Event-ID of an earlier life of this
-        # server, so each life must number its changes above those of all lives before.
-        self.version = self.first_version = time.time_ns() // 1000
-        self._tasks: dict[str, Task] = {}  # by id; the one that changed last stands last
-        self._shelves = {status: Shelf() for status in Status}
-        self._ready = ReadyHeap()
-        self._finished: deque[Task] = deque()  # in the order in which they finished
-        self._keys: dict[str, tuple[Task, bytes]] = {}  # by idempotency key, with a hash of its submission
-        self._events: dict[Task | None, asyncio.Event] = {}  # what watchers wait on; None: any change
-
-    # -- what callers use
-    def submit(self, submission: TaskSubmission, request_id: str | None = None,
-               idempotency_key: str | None = None) -> TaskStatus:
-        """Take in a task and return its first status; or, if it came before with that idempotency key, its present one.
-        Raises QueueFull, QueueStopped and IdempotencyKeyReused."""
-        asyncio.get_running_loop()  # raises in a thread, as of a plain `def` route: no half-made task
-        fingerprint = hashlib.sha256(submission.model_dump_json().encode()).digest() if idempotency_key else b""
-        if idempotency_key and (earlier := self._keys.get(idempotency_key)):
-            if earlier[1] != fingerprint:
-                raise IdempotencyKeyReused("this idempotency key came with another submission before")
-            return TaskStatus.model_validate(earlier[0])
-        if self.stopping:
-            raise QueueStopped("The queue is not running, and takes no tasks")
-        # GOTCHA [await-put]: with a bounded queue, `await queue.put()` waits until there is room, and with it the
-        # client, who sees a server that hangs. Nothing in here awaits: it says yes or no, and at once.
-        if self.count(Status.PENDING) >= self.settings.max_pending:
-            raise QueueFull(f"{self.settings.max_pending} tasks are waiting already; try again later")
-        self.submitted += 1
-        task = Task(secrets.token_hex(16), self.submitted, datetime.now(UTC), request_id, idempotency_key,
-            submission.task_type, submission.priority, submission.payload, submission.max_retries, submission.timeout)
-        self._shelves[Status.PENDING].add(task)
-        if idempotency_key:
-            self._keys[idempotency_key] = task, fingerprint
-        self._schedule(task, submission.delay)
-        self._changed(task)
-        return TaskStatus.model_validate(task)
-
-    def get_task(self, task_id: str) -> TaskStatus:
-        """The task as it is now. Raises TaskNotFound."""
-        return self._view(self._find(task_id))
-
-    def list_tasks(
-            self, status: Status | None = None, limit: int = 100, offset: int = 0) -> tuple[list[TaskStatus], int]:
-        """One page, newest first, and how many tasks there are with that status (None: with any)."""
-        statuses = list(Status) if status is None else [status]
-        total = sum(map(self.count, statuses))
-        start = min(offset, total)
-        page = itertools.islice(self._newest_first(*statuses), start, start + limit)
-        return [TaskStatus.model_validate(task) for task in page], total
-
-    def count(self, status: Status) -> int:
-        return self._shelves[status].count
-
-    def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
-        """Cancel a waiting task at once; with `force`, ask a running one to stop. That one is returned as `running`: it
-        is so until its handler has let go. Raises TaskNotFound, and TaskNotCancellable."""
-        task = self._find(task_id)
-        if task.status is Status.PENDING:
-            self._move(task, Status.CANCELLED)
-            # GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. That of a cancelled task stays
-            # until it is popped, where `worker_loop` skips it. But while no slot is free nothing is popped: submit
-            # and cancel all day, and memory is full. So at 64, and a tenth, more entries than tasks wait, it is swept.
-            if self._ready.qsize() > 64 + 1.1 * self.count(Status.PENDING):
-                self._ready.prune()
-        elif task.status is Status.RUNNING and force:
-            self._stop(task, "cancel")
-        else:
-            raise TaskNotCancellable(f"The task is {task.status}: pending ones can be cancelled, running ones by force")
-        return TaskStatus.model_validate(task)
-
-    def watch(self, task_id: str, last_event_id: int = 0) -> AsyncGenerator[TaskStatus, None]:
-        """Iterate over the task's states after version `last_event_id`: the present one, then the latest when it has
-        changed, to the final one, or until the queue stops. Raises TaskNotFound here, not when iterated."""
-        return self._watch(self._find(task_id), last_event_id)
-
-    async def _watch(self, task: Task, sent: int) -> AsyncGenerator[TaskStatus, None]:
-        sent = sent if sent <= task.version else 0  # junk, if the task never had that version
-        # GOTCHA [never-entered]: if the client is gone before its response begins, this generator is never started, and
-        # its `finally` never runs: what was registered for it outside would stay for ever. So both happen in here.
-        self.watchers += 1
-        try:
-            # GOTCHA [snapshot-then-subscribe]: read the state, then subscribe, and a change between the two is lost;
-            # subscribe first, and older events follow a newer state. Here there is nothing to subscribe to: look, and
-            # wait if there is nothing new. Nothing runs between the two, for there is no await before the wait.
-            # GOTCHA [slow-reader]: with a queue for each watcher, a browser on a bad line has us keep all that it has
-            # not read. One that holds just a number wakes up to the latest state; what it missed is kept nowhere.
-            while True:
-                if task.version > sent:
-                    sent = task.version
-                    yield self._view(task)
-                elif task.status in FINAL or self.stopping:
-                    return
-                else:
-                    await self._next_change(task)
-        finally:
-            self.watchers -= 1
-
-    async def watch_all(self, last_event_id: int = 0) -> AsyncGenerator[list[TaskStatus], None]:
-        """Yield lists of tasks in their latest state, the one that changed first in front.
-        First the latest SNAPSHOT tasks or, if `last_event_id` is a version of ours, all that have changed since; then
-        what changes, until the queue stops. The first list can be empty."""
-        sent = last_event_id if self.first_version < last_event_id <= self.version else 0
-        changes = self._changes_since(sent, at_most=None if sent else self.SNAPSHOT)
-        self.watchers += 1
-        try:
-            while True:
-                yield changes
-                sent = changes[-1].version if changes else sent
-                while not (changes := self._changes_since(sent)):
-                    if self.stopping:
-                        return
-                    await self._next_change(None)
-        finally:
-            self.watchers -= 1
-
-    def _changes_since(self, version: int, at_most: int | None = None) -> list[TaskStatus]:
-        newest_first = itertools.takewhile(lambda task: task.version > version, reversed(self._tasks.values()))
-        return [self._view(task) for task in itertools.islice(newest_first, at_most)][::-1]
-
-    def _next_change(self, of: Task | None) -> Awaitable[object]:
-        """To await: until `of` changes (None: until any task does), or the queue stops."""
-        if not (event := self._events.get(of)):
-            event = self._events[of] = asyncio.Event()
-        return event.wait()
-
-    def begin_shutdown(self) -> None:
-        """From now on refuse submissions, and end every watch. What runs, runs on; what waits may still be started."""
-        self.stopping = True
-        while self._events:
-            self._events.popitem()[1].set()
-
-    # -- the owners of the facts
-    def _find(self, task_id: str) -> Task:
-        if task := self._tasks.get(task_id):
-            return task
-        raise TaskNotFound("No task has this id: it never was, or it was evicted")
-
-    def _newest_first(self, *statuses: Status) -> Iterator[Task]:
-        """Those tasks. Each block is a copy: tasks may move meanwhile, and one that did may still come."""
-        shelves = [self._shelves[status] for status in statuses]
-        for number in sorted(set[int]().union(*(shelf.blocks for shelf in shelves)), reverse=True):
-            block: dict[int, Task] = {}
-            for shelf in shelves:
-                block |= shelf.blocks.get(number, {})
-            yield from (block[sequence] for sequence in sorted(block, reverse=True))
-
-    def _view(self, task: Task) -> TaskStatus:
-        """The picture of this version, kept with its frames for all who watch or poll it; a list makes it anew."""
-        if task.view is None:
-            task.view = TaskStatus.model_validate(task)
-        return task.view
-
-    def _changed(self, task: Task) -> None:
-        """Number a change, and wake those who wait for it."""
-        self.version += 1
-        task.version = self.version
-        task.view = None
-        self._tasks[task.id] = self._tasks.pop(task.id, task)  # a new one comes in; a known one moves to the end
-        for of in (task, None) if self._events else ():
-            if event := self._events.pop(of, None):  # who waits next makes a new one
-                event.set()
-
-    def _schedule(self, task: Task, delay: float) -> None:
-        """Put the task into the ready heap, now or `delay` seconds later."""
-        # GOTCHA [retry-keeps-priority]: a retry must come back to where it stood, not behind all that came since.
-        entry = (task.priority, task.sequence, task)
-        if delay > 0:
-            task.not_before = datetime.now(UTC) + timedelta(seconds=delay)
-            # GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` in the attempt keeps its slot all the while;
-            # a few tasks that fail, and nothing else runs. A timer holds nothing.
-            task.timer = asyncio.get_running_loop().call_later(delay, self._ready.put_nowait, entry)
-        else:
-            self._ready.put_nowait(entry)
-
-    def _move(self, task: Task, status: Status, result: Any = None, error: str | None = None) -> None:
-        """Move a task to another state: the one writer of `status`."""
-        # GOTCHA [terminal-is-final]: a cancel and a completion can meet in one step of the loop. Where each just
-        # writes, the later one wins, and a stream sends two endings. Here the first one wins; a second one raises.
-        if status not in TRANSITIONS[task.status]:
-            raise IllegalTransition(f"task {task.id}: {task.status} → {status}")
-        if task.timer:
-            task.timer.cancel()
-            task.timer = None
-        self._shelves[task.status].remove(task)
-        self._shelves[status].add(task)
-        task.status, task.result, task.error = status, result, error
-        if status in FINAL:
-            task.completed_at = datetime.now(UTC)
-            self._finished.append(task)
-        self._changed(task)
-        # GOTCHA [unbounded-history]: a dict of every task there ever was is a leak; but to evict simply the oldest can
-        # hit one that still runs. `_finished` holds only ended ones.
-        if len(self._finished) > self.settings.keep_finished:
-            self._evict(self._finished.popleft())
-
-    def _evict(self, task: Task) -> None:
-        self.evicted += 1
-        del self._tasks[task.id]
-        self._shelves[task.status].remove(task)
-        if task.idempotency_key:
-            del self._keys[task.idempotency_key]
-
-    def _stop(self, task: Task, cause: str) -> None:
-        """Ask the attempt that runs to stop; `_settle`, under Workers, sees to what comes of it.
-        WHY not `asyncio.timeout()`: it knows but one of the three causes, and says it by an exception."""
-        # GOTCHA [whose-timeout]: our deadline, a handler's own TimeoutError, a client's cancel and a shutdown can look
-        # alike when they come out of a handler, and it may swallow or replace any of them. So nobody guesses from an
-        # exception: the cause is written down before the cancel, and a lesser one can't replace it.
-        if task.run and STOP_CAUSES.index(cause) > STOP_CAUSES.index(task.stop_cause):
-            task.stop_cause = cause
-            # GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its first step runs none of
-            # its code, not even a `finally`. So `_settle` would not be called: the slot lost, the task `running` for
-            # ever. call_soon() is first in, first out, and the first step was put in there before.
-            task.run.get_loop().call_soon(task.run.cancel)
-
-# ===== Handlers ================================================================================ course module 05 =====
-# The functions that do the work, and how one of them is called. A handler takes its payload, as the model that it names
-# in its annotation, and a function to report progress with; it returns what JSON can carry. A plain `def` runs in a
-# thread of its own. Handlers know nothing of queues, so each can be tested, or moved to another one, as it is.
-
-UpdateProgress = Callable[[float], None]  # per cent, from 0 to 100; raises ValueError for anything else
-Handler = Callable[[Any, UpdateProgress], Any]  # an `async def` returns an awaitable of its result
-HANDLERS: dict[TaskType, Handler] = {}
-current_settings = ContextVar("current_settings", default=Settings())  # each queue's attempts see their own
-
+# First reading.
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
-    """Register the function, and its payload's annotation as the type's model, whatever `handlers` an app has."""
+    """Register a function as the handler of a task type: `@handler(TaskType.X)`.
+
+    Raises ValueError for an unknown task type, and TypeError for what is no handler.
+    """
+    task_type = TaskType(task_type)
+
     def register(function: Handler) -> Handler:
+        payload_type(function)  # raises before anything is registered
         HANDLERS[task_type] = function
-        first_parameter = next(iter(inspect.signature(function).parameters))
-        PAYLOAD_MODELS[task_type] = TypeAdapter(get_type_hints(function).get(first_parameter, Payload))
         return function
+
     return register
 
-async def process_task(task_type: TaskType, payload: BaseModel | dict[str, Any], update_progress: UpdateProgress,
-                       handlers: Mapping[TaskType, Handler] | None = None) -> Any:
-    """Call the handler of `task_type` and return its result; a plain dict is validated first.
-    Raises ValidationError for a bad dict, LookupError if there is no handler, and what the handler raises."""
-    function = (HANDLERS if handlers is None else handlers).get(task_type)
+
+def is_async(function: Handler) -> bool:
+    """Whether a call of the handler returns a coroutine.
+
+    It looks through a functools.partial, and at the `__call__` of an object.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.iscoroutinefunction(function):
+        return True
+    return callable(function) and inspect.iscoroutinefunction(type(function).__call__)
+
+
+# NEW: A context variable is a global that each asyncio task has for itself. A new
+# asyncio task begins with a copy of its parent's. The worker loop sets this one, so the
+# handlers that it starts see the settings of their own queue.
+current_settings = ContextVar("current_settings", default=DEFAULTS)
+
+
+# First reading.
+async def process_task(
+    task_type: TaskType,
+    payload: Any,
+    update_progress: Reporter,
+    handlers: Handlers = HANDLERS,
+    finish: Callable[[Any], Any] = lambda result: result,
+) -> Any:
+    """Call the handler of `task_type`, and return its result.
+
+    The queue gives a payload that is a model already. Who calls this directly, as in a
+    test, can give a dict. It is validated as if it had come as JSON.
+
+    What is returned is `finish(result)`. The queue passes encode_result as `finish`. It
+    is called where the handler has run, so a thread encodes its own result.
+
+    Raises LookupError if there is no handler, ValidationError for a bad dict, and
+    whatever the handler raises.
+    """
+    function = handlers.get(task_type)
     if function is None:
         raise LookupError(f"no handler is registered for {task_type}")
     if isinstance(payload, dict):
-        payload = parse_payload(task_type, payload)
-    if inspect.iscoroutinefunction(function):
-        return await function(payload, update_progress)
-    result = await run_in_thread(function, payload, update_progress)
-    return await result if inspect.isawaitable(result) else result  # of a `def` that wraps an `async def`
+        payload = payload_type(function).validate_json(json.dumps(payload))
+    if is_async(function):
+        return finish(await function(payload, update_progress))
+    return await run_in_thread(lambda: finish(function(payload, update_progress)))
 
-async def run_in_thread(function: Handler, payload: Any, update_progress: UpdateProgress) -> Any:
-    """Call a plain `def` handler in a thread, wait for its end, and return or raise as it did. A thread can't be
-    interrupted: when we are cancelled, its next `update_progress` raises CancelledError, and we wait on, with its slot.
-    WHY not `asyncio.to_thread()`: Python joins its threads at exit, so one stuck handler would hang Ctrl-C for ever. So
-    would this wait: don't copy it without `TaskQueue.__aexit__`, which leaves behind whoever doesn't stop."""
-    loop, stopped = asyncio.get_running_loop(), threading.Event()
-    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
-    def report(percent: float) -> None:
-        if stopped.is_set():
-            raise asyncio.CancelledError("this attempt was asked to stop")
-        update_progress(percent)
+# First reading.
+async def run_in_thread(function: Callable[[], Any]) -> Any:
+    """Call the function in a new thread; return what it returns, raise what it raises.
+
+    Nobody can interrupt a thread. If whoever awaits this is cancelled, the thread runs
+    on, and its outcome is dropped.
+
+    NEW: A future is a box for one outcome that comes later. There are two kinds. A
+    thread may fill the one of concurrent.futures. A coroutine can await asyncio's own.
+    asyncio.wrap_future() makes the second out of the first.
+
+    GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. But its pool has only
+    min(32, CPUs + 4) threads. With 8 CPUs, 28 of 40 slots would wait. And Python waits
+    for that pool when it exits: one handler that is stuck, and Ctrl-C hangs. A daemon
+    thread of our own has no such limit, and Python doesn't wait for it.
+    """
+    outcome: Future[tuple[Any, BaseException | None]] = Future()
+    # Mark it as running. Else a cancel of whoever awaits would cancel this one, too, and
+    # the thread could not fill it any more.
+    outcome.set_running_or_notify_cancel()
 
     def work() -> None:
-        try:
-            outcome: tuple[Any, BaseException | None] = function(payload, report), None
-        except BaseException as error:
-            outcome = None, error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(ended.set_result, outcome)
+        """All that the thread does.
 
-    # GOTCHA [blocking-handler]: on the event loop, `time.sleep(5)` stops every request, stream and timer of the process
-    # for five seconds. In a thread it holds only its slot.
-    threading.Thread(target=copy_context().run, args=(work,), name="handler", daemon=True).start()
-    while not ended.done():
+        An exception travels as a part of the result. asyncio's future can't hold a
+        StopIteration, and a SystemExit in it would end the server. Raised again by the
+        last lines of run_in_thread(), it is an exception of the handler like any other.
+        """
         try:
-            await asyncio.wait([ended])  # unlike `await ended`, a cancel of us leaves it alone
-        except asyncio.CancelledError:
-            stopped.set()
-    result, error = ended.result()
-    if error is not None or stopped.is_set():
-        raise asyncio.CancelledError() if error is None else error
+            outcome.set_result((function(), None))
+        except BaseException as error:
+            outcome.set_result((None, error))
+
+    # The thread gets a copy of our context variables, so that it sees current_settings.
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(work,), daemon=True).start()
+    result, error = await asyncio.wrap_future(outcome)
+    if error is not None:
+        raise error
     return result
 
+
+# -- Three handlers. They only pretend to work, and now and then they fail. ------------
+
+
 def simulate(stages: list[str], seconds: float) -> Iterator[tuple[float, float]]:
-    """The handlers below only simulate. Yield, for each stage, its seconds and the per cent done then; maybe fail."""
+    """Yield, for each stage, its seconds and the per cent that is done then.
+
+    By chance (`failure_rate`) it raises RuntimeError after one of them.
+    """
     settings = current_settings.get()
-    fails_at = random.choice(stages) if random.random() < settings.failure_rate else None
+    fails = random.random() < settings.failure_rate
+    fails_at = random.choice(stages)
     for number, stage in enumerate(stages, start=1):
         yield seconds * settings.pace, 100 * number / len(stages)
-        if stage == fails_at:
+        if fails and stage == fails_at:
             raise RuntimeError(f"simulated failure while {stage}")
 
+
 @handler(TaskType.RESIZE_IMAGE)
-async def resize_image(payload: ResizeImagePayload, update_progress: UpdateProgress) -> dict[str, Any]:
-    for seconds, percent in simulate(["downloading", "decoding", "scaling", "saving"], 0.5):
+async def resize_image(payload: ResizeImagePayload, update_progress: Reporter) -> Any:
+    """Pretend to resize an image, in about 2 seconds."""
+    stages = ["downloading", "decoding", "scaling", "saving"]
+    for seconds, percent in simulate(stages, 0.5):
         await asyncio.sleep(seconds)
         update_progress(percent)
     return {"url": payload.url, "size": f"{payload.width}x{payload.height}"}
 
+
 @handler(TaskType.GENERATE_REPORT)
-def generate_report(payload: GenerateReportPayload, update_progress: UpdateProgress) -> dict[str, Any]:
-    """A plain `def`, as one writes it around a library that blocks."""
-    for seconds, percent in simulate(["querying", "aggregating", "charting", "rendering"], 0.75):
+def generate_report(payload: GenerateReportPayload, update_progress: Reporter) -> Any:
+    """Pretend to write a report, in about 3 seconds.
+
+    It is a plain `def`, as you would write it around a library that blocks.
+    """
+    stages = ["querying", "adding", "charting", "printing"]
+    for seconds, percent in simulate(stages, 0.75):
         time.sleep(seconds)
         update_progress(percent)
-    return {"file": f"report-{payload.report_id}.{payload.format}", "pages": random.randint(3, 40)}
+    return {"file": f"report-{payload.report_id}.{payload.format}"}
 
+
+# First reading.
 @handler(TaskType.SEND_EMAIL)
-async def send_email(payload: SendEmailPayload, update_progress: UpdateProgress) -> dict[str, Any]:
-    """Fails for every address under `.invalid`, a domain that can't exist (RFC 2606)."""
+async def send_email(payload: SendEmailPayload, update_progress: Reporter) -> Any:
+    """Pretend to send a mail, in about 1 second.
+
+    It fails for an address under `.invalid`, a domain that can't exist (RFC 2606).
+    """
     for seconds, percent in simulate(["rendering", "connecting", "sending"], 0.3):
         await asyncio.sleep(seconds)
         if payload.to.endswith(".invalid"):
             raise ConnectionError(f"no mail server for {payload.to}")
         update_progress(percent)
-    return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@taskqueue.example>"}
+    return {"to": payload.to, "message_id": f"<{secrets.token_hex(6)}@example.com>"}
 
-# ===== Workers ================================================================================= course module 05 =====
-# What runs the tasks. One loop takes a slot, and then the best task. Each attempt is an asyncio task of its own,
-# and whatever its end, `_settle` deals with it: there the slot is given back that `worker_loop` took. No HTTP here.
 
+# ===== Queue ======================================================== module 05 =======
+# The books: one record for each task, and who may change it. Each fact has one owner.
+# Only `move` writes a task's `status`, and only `changed` its `version`. To find out
+# how a task came to its state, there is one line to set a breakpoint on.
+#
+# Only the watchers await. All other functions are atomic (idea 1), and there is no
+# lock. The price: they may be called in the thread of the event loop only.
+#
+# SIMPLIFIED: when the process ends, all is lost. Production keeps its tasks in a
+# database or a broker. There they survive a crash, and many processes can share them.
+
+
+class QueueError(Exception):
+    """What a caller of the queue did wrong, or what must be refused."""
+
+
+class TaskNotFound(QueueError):
+    """No task has this id: it never was, or it was evicted."""
+
+
+class TaskNotCancellable(QueueError):
+    """The task has ended. Or it runs, and `force` was not given."""
+
+
+class IdempotencyKeyReused(QueueError):
+    """The key came with another submission before."""
+
+
+class QueueFull(QueueError):
+    """`max_pending` tasks are waiting."""
+
+
+class QueueStopped(QueueError):
+    """The queue is not running: it was not started yet, or it stops."""
+
+
+class IllegalTransition(Exception):
+    """A bug in this file: a task was to move where it can't go."""
+
+
+# First reading.
+# Where a task can go from each status. From a final one it can't go anywhere.
+TRANSITIONS: dict[Status, set[Status]] = {status: set() for status in Status}
+TRANSITIONS[Status.PENDING] = {Status.RUNNING, Status.CANCELLED}
+TRANSITIONS[Status.RUNNING] = FINAL | {Status.PENDING}  # back to PENDING: a retry
+
+
+# First reading.
+class Signal:
+    """Wakes all who wait for the next change of something.
+
+    It carries no message. Whoever wakes up looks for themselves what is new (idea 2).
+
+    NEW: An asyncio.Event is a flag that coroutines can wait for. `await event.wait()`
+    waits until somebody calls `event.set()`. It then stays set until it is cleared.
+    When to clear it is a hard question. So each event here is used once: fire() sets
+    it and drops it, and whoever waits after that makes a new one.
+    """
+
+    __slots__ = ("_event",)  # there is one for each task: keep it small
+
+    def __init__(self) -> None:
+        self._event: asyncio.Event | None = None  # None while nobody waits
+
+    def fire(self) -> None:
+        """Wake those who wait now."""
+        if self._event is not None:
+            self._event.set()
+            self._event = None
+
+    async def wait(self) -> None:
+        """Wait until it fires. What fired before doesn't count: look first."""
+        if self._event is None:
+            self._event = asyncio.Event()
+        await self._event.wait()
+
+
+# First reading.
+@dataclass(slots=True, eq=False)  # eq=False: a record is equal to itself alone
+class TaskRecord:
+    """All that is known of a task. It changes, so it never leaves Queue and Workers.
+
+    Everyone else is given a TaskStatus, which is a snapshot of it.
+    """
+
+    id: str
+    sequence: int  # the number of its submission; a retry keeps it
+    created_at: datetime
+    request_id: str | None
+    idempotency_key: str | None
+    task_type: TaskType
+    payload_json: bytes
+    priority: Priority
+    max_retries: int
+    timeout: float
+    status: Status = Status.PENDING
+    progress: int = 0
+    attempt: int = 0
+    result_json: bytes = b"null"
+    error: str | None = None
+    not_before: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+
+    # For those who watch.
+    version: int = 0  # the number of its latest change
+    news: Signal = field(default_factory=Signal)  # fires at each change
+    snapshot: TaskStatus | None = None  # of this version, once somebody has looked
+
+    # While it waits.
+    ready: bool = False  # it may start: it stands in the ready heap
+
+    # While an attempt runs.
+    asyncio_task: "asyncio.Task[None] | None" = None
+    in_thread: bool = False  # its handler is a plain `def`
+    cancel_requested: bool = False
+    timed_out: bool = False
+
+    timer: asyncio.TimerHandle | None = None  # end of its delay, or of its time
+
+
+Snapshots = AsyncGenerator[TaskStatus, None]
+
+
+class TaskStore:
+    """The books of one queue: its records, their order, and who watches them.
+
+    A Python dict keeps its entries in the order in which they were put in, and
+    `reversed()` reads it newest first. So a few dicts are all the indexes we need.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.submitted = 0
+        self.evicted = 0
+        self.watchers = 0  # open watches
+        self.closed = False  # there will be no more news: the queue stops
+        self.loop: asyncio.AbstractEventLoop | None = None  # None until it starts
+
+        # Versions begin at the clock, in microseconds, and not at 0. WHY: a client of
+        # the stream of all tasks was cut off, and comes back with the last version that
+        # it saw. Meanwhile this server may have started again. All versions of its new
+        # life must be above those of the old one.
+        self.life = time.time_ns() // 1000
+        self.version = self.life
+        self.news = Signal()  # fires when any task changes
+
+        self.by_id: dict[str, TaskRecord] = {}  # in order of submission
+        # In order of the latest change, for the stream of all tasks, below the lesson.
+        self.by_change: dict[str, TaskRecord] = {}
+        # In order of entering that status.
+        self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
+        # By idempotency key, with a fingerprint of the submission that it came with.
+        self.by_key: dict[str | None, tuple[TaskRecord, bytes]] = {}
+        self._finished: deque[TaskRecord] = deque()  # the first to finish is the first
+
+    # -- To read ------------------------------------------------------------------------
+
+    def check_caller(self) -> None:
+        """Raise RuntimeError in any thread or event loop but the queue's own.
+
+        FastAPI runs a plain `def` route in a thread. There get_running_loop() itself
+        raises "no running event loop". Write `async def`, also if nothing is awaited.
+        """
+        loop = asyncio.get_running_loop()
+        if self.loop is not None and self.loop is not loop:
+            raise RuntimeError("the queue belongs to another event loop")
+
+    def find(self, task_id: str) -> TaskRecord:
+        """The record with this id. Raises TaskNotFound."""
+        self.check_caller()
+        if task_id not in self.by_id:
+            raise TaskNotFound("No task has this id: it never was, or it was evicted")
+        return self.by_id[task_id]
+
+    def get_task(self, task_id: str) -> TaskStatus:
+        """The task as it is now. Raises TaskNotFound."""
+        return TaskStatus.model_validate(self.find(task_id))
+
+    def snapshot(self, record: TaskRecord) -> TaskStatus:
+        """The task as it is now, for those who watch it.
+
+        It is kept until the task changes, and all who watch get the same one. Those who
+        only ask once get a new one: to keep that would just take memory.
+        """
+        if record.snapshot is None:
+            record.snapshot = TaskStatus.model_validate(record)
+        return record.snapshot
+
+    def count(self, status: Status) -> int:
+        """How many tasks have that status."""
+        self.check_caller()
+        return len(self.by_status[status])
+
+    def list_tasks(
+        self, status: Status | None = None, limit: int = 100, offset: int = 0
+    ) -> tuple[list[TaskStatus], int]:
+        """One page of the tasks with that status (None: all), and how many there are.
+
+        Without a status, the last one submitted comes first. With a status, the last
+        one to enter that status comes first.
+
+        SIMPLIFIED: it steps over `offset` tasks. That is nothing for the first pages,
+        and some milliseconds for an offset of a million. A database has an index.
+        """
+        self.check_caller()
+        records = self.by_id
+        if status is not None:
+            records = self.by_status[status]
+        start = min(offset, len(records))
+        page = itertools.islice(reversed(records.values()), start, start + limit)
+        return [TaskStatus.model_validate(record) for record in page], len(records)
+
+    # -- To change ----------------------------------------------------------------------
+
+    def add(self, record: TaskRecord) -> None:
+        """Take in a new record."""
+        self.submitted += 1
+        self.by_id[record.id] = record
+        self.by_status[record.status][record.id] = record
+        self.changed(record)
+
+    # First reading.
+    def move(self, record: TaskRecord, status: Status) -> None:
+        """Move a task to another status: the one writer of `status`.
+
+        GOTCHA [terminal-is-final]: a cancel and a result can come in the same turn.
+        Where each just writes its status, the later one wins, and a stream sends two
+        ends. Here the first one wins. A second one raises IllegalTransition.
+        """
+        if status not in TRANSITIONS[record.status]:
+            raise IllegalTransition(f"{record.id}: {record.status} → {status}")
+        if record.timer is not None:
+            record.timer.cancel()
+            record.timer = None
+        del self.by_status[record.status][record.id]
+        self.by_status[status][record.id] = record
+        record.status = status
+        record.ready = False
+        if status in FINAL:
+            record.completed_at = datetime.now(UTC)
+            self._finished.append(record)
+        self.changed(record)
+        self._evict()
+
+    # First reading.
+    def changed(self, record: TaskRecord) -> None:
+        """Number a change, and wake those who wait for one."""
+        self.version += 1
+        record.version = self.version
+        record.snapshot = None
+        # Taken out and put in again, it stands last in the dict.
+        self.by_change.pop(record.id, None)
+        self.by_change[record.id] = record
+        record.news.fire()
+        self.news.fire()
+
+    def _evict(self) -> None:
+        """Forget the oldest finished tasks, if there are too many.
+
+        GOTCHA [unbounded-history]: a dict of every task that there ever was is a leak.
+        But to drop simply the oldest may hit one that still runs. Only finished ones
+        stand in this deque.
+        """
+        while len(self._finished) > self.settings.keep_finished:
+            record = self._finished.popleft()
+            self.evicted += 1
+            del self.by_id[record.id]
+            del self.by_change[record.id]
+            del self.by_status[record.status][record.id]
+            self.by_key.pop(record.idempotency_key, None)
+
+    def close(self) -> None:
+        """End all watches. To be called when the queue stops."""
+        self.check_caller()
+        self.closed = True
+        for record in self.by_id.values():
+            record.news.fire()
+        self.news.fire()
+
+    # -- To watch -----------------------------------------------------------------------
+    # GOTCHA [slow-reader]: the usual design gives each stream a queue, and puts every
+    # change into all of them. Then a phone on a train, in a tunnel, stops reading. What
+    # it doesn't read piles up in our memory. Once it is back, it gets an hour of history.
+    # Here a watcher holds one number, the last version that it has sent. It wakes up to
+    # the latest state. What came in between is skipped, and is kept nowhere.
+    #
+    # GOTCHA [snapshot-then-subscribe]: read the state first and subscribe then, and a
+    # change between the two is lost. Subscribe first, and old events follow a newer
+    # state: progress runs backwards. Here nobody subscribes. Look, and if there is
+    # nothing new, wait. There is no await between the two, so nothing can slip in.
+    #
+    # NEW: `yield` in an `async def` makes an async generator. `async for` takes from it
+    # what it yields, one by one. In between it stands still. It runs no line, not even
+    # its `finally`, before somebody takes the first one.
+
+    def watch(self, task_id: str, last_event_id: int = 0) -> Snapshots:
+        """Iterate over the states of a task after version `last_event_id`.
+
+        It ends after the final state, or when the queue stops. Raises TaskNotFound
+        here, and not when it is iterated over: so this is a plain function.
+        """
+        return self._watch(self.find(task_id), last_event_id)
+
+    # First reading.
+    async def _watch(self, record: TaskRecord, sent: int) -> Snapshots:
+        """Yield the task as it is now, then its latest state whenever it has changed.
+
+        `sent` is the version that the reader knows already.
+        """
+        if sent > record.version:  # it never had that version: the number is junk
+            sent = 0
+        # GOTCHA [never-entered]: a client can be gone before its response has begun.
+        # Then this generator is never started, and runs no `finally`. A counter that
+        # was raised outside, in watch(), would never come down. So it is raised here.
+        self.watchers += 1
+        try:
+            while True:
+                if record.version > sent:
+                    sent = record.version
+                    yield self.snapshot(record)
+                elif record.status in FINAL or self.closed:
+                    return
+                else:
+                    await record.news.wait()
+        finally:
+            self.watchers -= 1
+
+
+# ===== Workers ====================================================== module 05 =======
+# Who starts a task, and how an attempt ends. One coroutine, the worker loop, takes a
+# slot and then the best task. Each attempt is an asyncio task of its own, and gives
+# the slot back at its end.
+#
+# NEW: An asyncio task runs a coroutine beside all others. `asyncio.create_task(c)`
+# returns at once, and `c` takes its first step at the next turn. `await` a coroutine to
+# wait for it. Make a task of it if it shall run while you go on.
+#
+# WHY one loop and a semaphore, and not N workers that each take one task after another:
+# both work. With one loop there is one place where a task is chosen, and one where the
+# number of slots is kept.
+
+
+# First reading.
 def backoff_delay(attempt: int, settings: Settings) -> float:
-    """Seconds to wait after attempt number `attempt` has failed: exponential, capped, with full jitter.
-    With base 0.5 and cap 30, at most 0.5, 1, 2, 4, 8, 16, 30, 30 … Random over the whole range, so that tasks that
-    failed together don't come back together (Brooker, "Exponential Backoff And Jitter", AWS, 2015)."""
-    return random.uniform(0, min(settings.backoff_cap, settings.backoff_base * 2 ** (attempt - 1)))
+    """Seconds to wait after attempt number `attempt` has failed.
+
+    With base 0.5 and cap 30 it is at most 0.5, 1, 2, 4, 8, 16, 30, 30 … ("exponential,
+    capped"). It is random from 0 up to that ("full jitter"): tasks that failed together
+    must not come back together. Source: M. Brooker, "Exponential Backoff And Jitter",
+    AWS Architecture Blog, 2015.
+    """
+    longest = settings.backoff_base * 2 ** (attempt - 1)
+    return random.uniform(0, min(settings.backoff_cap, longest))
+
+
+def whole_percent(percent: float) -> int:
+    """A handler's progress as a whole number from 0 to 100.
+
+    Any real number will do: a Decimal, a Fraction, one of numpy's. Raises ValueError
+    for one outside of 0 to 100, for NaN, and for what is no number (True is none).
+
+    GOTCHA [rounded-progress]: `done += 100 / 7`, seven times, is 100.00000000000001.
+    To refuse that fails a task whose work is done. So we round before we check.
+    """
+    is_number = isinstance(percent, numbers.Real | Decimal)
+    if not is_number or isinstance(percent, bool):
+        raise ValueError(f"progress must be a number, not {percent!r:.40}")
+    try:
+        rounded = round(float(percent), 2)
+    except OverflowError:  # float() of a whole number with 400 digits
+        rounded = math.inf
+    if not 0 <= rounded <= 100:  # a NaN fails this test, too
+        raise ValueError(f"progress must be from 0 to 100, not {percent!r:.40}")
+    return int(rounded)
+
+
+def encode_result(result: Any, max_bytes: int) -> bytes:
+    """A result as JSON text. Raises BadResult if it is not plain JSON, or too large.
+
+    GOTCHA [unbounded-result]: a handler returns 50 MB. It is encoded on the event loop,
+    kept with its task, and copied for each slow reader. Return a reference instead: a
+    path, an id, an address. The check ends as soon as the limit is passed.
+    """
+    try:
+        check_json(result, "result", room=max_bytes)
+        encoded = to_json(result)
+    except (ValueError, RecursionError) as error:
+        raise BadResult(f"{error} (max_result is {max_bytes} bytes)") from None
+    if len(encoded) > max_bytes:
+        raise BadResult(f"more than {max_bytes} bytes of JSON: return a path or an id")
+    return encoded
+
+
+AROUND_HANDLERS = {
+    *("_attempt", "_run_handler", "process_task", "run_in_thread", "work", "<lambda>"),
+    *("update_progress", "whole_percent", "encode_result", "check_json"),
+}
+LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
+
+
+def explain(error: BaseException) -> tuple[str, str, bool]:
+    """Say in text what happened, and let go of everything that the exception holds.
+
+    Returns the error for the client, the traceback for the log, and whether a retry
+    makes sense. Nothing can be relied on here: an exception's own `__str__` can raise,
+    and so can the `__name__` of its class. An attempt must be settled all the same.
+    """
+    try:
+        leaves = list(find_leaves(error))
+        text = "; ".join(describe(leaf) for leaf in leaves[:5])
+        report = "".join(traceback.format_exception(error))[-10_000:]
+        retry = not any(isinstance(leaf, DoNotRetry) for leaf in leaves)
+        return text.encode(errors="backslashreplace").decode(), report, retry
+    except BaseException:
+        return f"{type.__repr__(type(error))}, which can't be shown", "", True
+    finally:
+        with contextlib.suppress(BaseException):
+            forget_frames(error)
+
+
+def find_leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exception itself; or, for a group, all that are in it.
+
+    GOTCHA [hidden-cause]: whatever goes wrong in an `asyncio.TaskGroup`, `str(error)`
+    is "unhandled errors in a TaskGroup (1 sub-exception)". What went wrong is inside.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from find_leaves(inner)
+    else:
+        yield error
+
 
 def describe(error: BaseException) -> str:
-    """ConnectionError("no route") → "ConnectionError: no route". Short, and always text that JSON can carry."""
-    try:
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    except BaseException:  # its own __str__ can raise anything too
-        text = type(error).__name__
-    return text[:1000].encode(errors="replace").decode()
+    """For example "ConnectionError: no route (mail.py:12 in send)".
 
-class TaskQueue(TaskStore):
-    """The store and its workers: `async with TaskQueue(settings, handlers) as queue: …`
-    Leaving the block stops it: no new tasks; `drain_seconds` for the handlers that run, then they are asked to
-    stop; and all that is left ends as `cancelled`."""
-    STUBBORN_SECONDS = 0.2  # how long a stop waits for handlers that ignore their cancellation
+    The place is the innermost line that belongs to the handler: it stands in no
+    library, and in none of the functions around it.
+    """
+    place = ""
+    this_file = describe.__code__.co_filename
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        name = frame.f_code.co_name
+        is_ours = path == this_file and name in AROUND_HANDLERS
+        if not is_ours and not path.startswith(LIBRARIES):
+            place = f" ({os.path.basename(path)}:{line} in {name})"
+    text = f"{type(error).__name__}: {error}"[:500]  # cut it, but never the place
+    return text.removesuffix(": ") + place
 
-    def __init__(self, settings: Settings | None = None, handlers: Mapping[TaskType, Handler] | None = None) -> None:
-        super().__init__(settings or Settings())
-        self.handlers = HANDLERS if handlers is None else handlers
-        # GOTCHA [one-loop]: asyncio's primitives belong to the event loop in which they are first waited for. Made at
-        # import, they break in the second app, or the second test, of a process. So each queue makes its own.
-        self._slots = asyncio.Semaphore(self.settings.max_workers)
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_at = math.inf  # the next deadline
+
+def printable(text: str) -> str:
+    """Escape line breaks, control characters and halves of a surrogate pair.
+
+    GOTCHA [forged-log]: a client puts a line break into what we log, and after it a
+    line that looks like one of ours. Escaped, it stays inside of its own line.
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Take the traceback from the exception, and from those that it came from.
+
+    GOTCHA [traceback-keeps-everything]: an exception refers to its traceback, that to
+    the frames of the functions, and those to all local variables. If one of these is
+    the exception itself, it is a circle. A handler that fails with 20 MB in its hands
+    then keeps them until a full garbage collection. Text is all that we keep.
+    """
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        each = todo.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.__traceback__ = None
+        todo += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            todo += each.exceptions
+
+
+# -- The queue itself ----------------------------------------------------------------
+
+
+class TaskQueue:
+    """The queue: `async with TaskQueue(settings, handlers) as queue: ...`
+
+    It runs while the block lasts. At the end of the block it stops (see `__aexit__`),
+    and cancels what still waits: call `await queue.join()` before, to let all end.
+
+    Nothing here may be called in another thread, or in another event loop. It would
+    raise RuntimeError, before it has touched anything.
+    """
+
+    GRACE_SECONDS = 0.2  # at a stop, for handlers that ignore their cancellation
+
+    def __init__(
+        self, settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS
+    ) -> None:
+        self.settings = settings
+        self.handlers = handlers
+        self.store = store = TaskStore(settings)
+        # Whoever reads the books asks the store directly. These are shortcuts to it.
+        self.get_task = store.get_task
+        self.list_tasks = store.list_tasks
+        self.count = store.count
+        self.watch = store.watch
+        self._payload_types = {each: TypeAdapter[Any](Payload) for each in TaskType}
+        for task_type, function in handlers.items():
+            # What is no handler fails its tasks with a TypeError, when it is called.
+            with contextlib.suppress(TypeError):
+                self._payload_types[task_type] = payload_type(function)
+
+    # -- To start it ---------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
+        """Start the worker loop."""
+        self.store.loop = asyncio.get_running_loop()
+        self.store.closed = False
+        # NEW: An asyncio.PriorityQueue keeps a heap. That is a list in which the smallest
+        # entry stands first. To put one in or take it out costs little, however many
+        # there are. `await heap.get()` waits while it is empty.
+        self._heap: asyncio.PriorityQueue[tuple[Priority, int, TaskRecord]]
+        self._heap = asyncio.PriorityQueue()
+        # NEW: A semaphore is a counter that never goes below 0. acquire() waits until
+        # it is above 0 and takes one off. release() adds one.
+        self._slots = asyncio.Semaphore(self.settings.max_workers)
+        # GOTCHA [one-loop]: both belong to the event loop in which somebody first waits
+        # for them. Made at import, they serve one app, or one test. The next one gets
+        # "... is bound to a different event loop". So they are made here.
+
+        # GOTCHA [strong-reference]: the event loop keeps a list of the steps that are
+        # due. An asyncio task that waits is not in it. To that one the loop has only a
+        # weak reference, which doesn't keep an object alive. If nobody else refers to
+        # it, it can be thrown away in the middle of its work: "Task was destroyed but
+        # it is pending!" So we keep it in an attribute.
         self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
         self._worker.add_done_callback(self._report_death)
-        self.stopping = False
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.begin_shutdown()
-        self._worker.cancel()
-        try:
-            await self._wait_for_running(self.settings.drain_seconds)
-        finally:  # who is cancelled while it drains, as by a Ctrl-C, cuts that short and no more
-            for task in self._newest_first(Status.RUNNING):
-                self._stop(task, "shutdown")
-            await self._wait_for_running(self.STUBBORN_SECONDS)
-            for task in self._newest_first(Status.RUNNING, Status.PENDING):
-                if task.run:
-                    logger.warning("[%s] task %s ignores its cancellation: left behind", task.request_id, task.id)
-                    asyncio._unregister_task(task.run)  # or asyncio.run() would wait for it, for ever
-                    task.run._log_destroy_pending = False  # type: ignore[attr-defined]  # we have said so already
-                self._move(task, Status.CANCELLED)
-            self._check_deadlines()  # none is left: this puts the alarm away
-
-    async def _wait_for_running(self, seconds: float) -> None:
-        runs = [task.run for task in self._newest_first(Status.RUNNING) if task.run]
-        await asyncio.wait([self._worker, *runs], timeout=seconds)
 
     @property
     def is_running(self) -> bool:
-        """Whether the worker loop is alive; it is made when the queue is entered."""
-        # GOTCHA [dead-loop]: a flag that is set at the start and cleared at the stop is still set when the loop has
-        # died of a bug: health says healthy, and nothing runs. So we ask the loop itself.
-        return not self._worker.done()
+        """Whether the worker loop is alive.
 
-    def _report_death(self, worker: asyncio.Task[None]) -> None:
-        if not worker.cancelled() and (error := worker.exception()):
-            logger.critical("the worker loop has died: no task will run", exc_info=error)
+        GOTCHA [dead-loop]: a flag that is set at the start is still set when a bug has
+        killed the loop. Health says "healthy", and nothing runs. So ask the loop.
+        """
+        return self.store.loop is not None and not self._worker.done()
 
-    async def worker_loop(self) -> None:
-        """For ever: take a slot, then the best task that is ready, and start an attempt."""
-        current_settings.set(self.settings)  # an attempt inherits it: asyncio tasks copy the context
-        while True:
-            # GOTCHA [slot-before-get]: take a LOW task first, wait for a slot with it, and it runs before a HIGH
-            # that came since. With the slot first, the best task is chosen when it can start.
-            await self._slots.acquire()
-            try:
-                _, _, task = await self._ready.get()
-            except BaseException:  # the queue stops; in this event loop it can be entered again
-                self._slots.release()
-                raise
-            if task.status is Status.PENDING:
-                self._start(task)
-            else:
-                self._slots.release()  # it was cancelled while it waited
+    def _report_death(self, worker: "asyncio.Task[None]") -> None:
+        """Log the exception that has ended the worker loop, if there is one.
 
-    def _start(self, task: Task) -> None:
-        task.attempt, task.progress, task.stop_cause = task.attempt + 1, 0, None
-        task.started_at, task.deadline = datetime.now(UTC), self._loop.time() + task.timeout
-        self._move(task, Status.RUNNING)
-        # GOTCHA [strong-reference]: the event loop itself keeps only weak references to its tasks. One that nobody else
-        # refers to can be collected in the middle of its work.
-        task.run = self._loop.create_task(self._attempt(task))
-        if task.deadline < self._alarm_at:
-            self._check_deadlines()
+        Nobody awaits the loop. Without this, its exception shows up late or never:
+        "Task exception was never retrieved".
+        """
+        if not worker.cancelled() and worker.exception() is not None:
+            message = "the worker loop has died: no task will run"
+            logger.critical(message, exc_info=worker.exception())
 
-    def _check_deadlines(self) -> None:
-        """Stop the attempts that are past their deadline, and set the alarm for the next one.
-        WHY not a timer for each attempt: it would be a fifth of all that a short task costs."""
-        running, now = list(self._newest_first(Status.RUNNING)), self._loop.time()
-        for task in running:
-            if task.deadline <= now:
-                task.deadline = math.inf
-                self._stop(task, "timeout")
-        if self._alarm:
-            self._alarm.cancel()
-        self._alarm_at = min((task.deadline for task in running), default=math.inf)
-        self._alarm = self._loop.call_at(self._alarm_at, self._check_deadlines) if running else None
+    # -- What callers use ---------------------------------------------------------------
 
-    async def _attempt(self, task: Task) -> None:
-        """Run the handler once, and settle what came of it; raises nothing."""
-        result = error = None
-        try:
-            update_progress = functools.partial(self._report, task, task.attempt)
-            result = plain_json(await process_task(task.task_type, task.payload, update_progress, self.handlers))
-        # GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then nobody records the end of the
-        # task. It also misses SystemExit, which asyncio passes on to whoever runs the loop: one sys.exit() in a handler
-        # stops the server. Elsewhere to swallow these is wrong; but this is the outermost frame of its asyncio task.
-        except BaseException as exception:
-            logger.debug("[%s] task %s, attempt %d", task.request_id, task.id, task.attempt, exc_info=True)
-            error = describe(exception)
-        self._settle(task, result, error)
+    # First reading.
+    def submit(
+        self,
+        submission: TaskSubmission,
+        request_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> TaskStatus:
+        """Take in a task, and return its first snapshot. Nothing in here awaits.
 
-    def _report(self, task: Task, attempt: int, percent: float) -> None:
-        """What a handler calls as `update_progress(percent)`, from whatever thread."""
-        if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent <= 100:  # or nan
-            raise ValueError(f"progress must be a number from 0 to 100, not {percent!r:.40}")
-        # GOTCHA [progress-from-thread]: asyncio's objects are not thread-safe. A watcher that is woken from another
-        # thread may sleep on until something else happens in the loop.
-        if threading.get_ident() != self._thread_id:
-            self._loop.call_soon_threadsafe(self._report, task, attempt, percent)
-        elif task.status is Status.RUNNING and task.attempt == attempt and int(percent) > task.progress:
-            task.progress = int(percent)  # it never goes back, and what comes after the end is passed over
-            self._changed(task)
+        1. Check the payload against the model of the handler: ValidationError.
+        2. If the idempotency key is known, return the task that it has made. Raise
+           IdempotencyKeyReused if it came with another submission then.
+        3. Refuse, if the queue doesn't run (QueueStopped) or is full (QueueFull).
+        4. Make the record, and let it wait for its turn.
 
-    def _settle(self, task: Task, result: Any, error: str | None) -> None:
-        """The end of an attempt: give its slot back, then say what becomes of the task."""
-        self._slots.release()
-        task.run = None
-        if task.status is not Status.RUNNING:
-            return  # it was left behind by a shutdown
-        if task.stop_cause == "timeout":
-            error = f"TimeoutError: no result within {task.timeout:g} s"
-        if task.stop_cause in ("cancel", "shutdown"):
-            self._move(task, Status.CANCELLED)
-        elif error is None:
-            task.progress = 100
-            self._move(task, Status.COMPLETED, result=result)
-        elif task.attempt > task.max_retries:
-            self._move(task, Status.FAILED, error=error)
+        NEW: An idempotency key is the client's own name for a submission. A client that
+        got no answer can't know whether the task exists. It sends the same key again,
+        and gets the one task, not a second.
+        """
+        self.store.check_caller()
+        payload_json = to_json(submission.payload)
+        self._payload_types[submission.task_type].validate_json(payload_json)
+
+        if idempotency_key in self.store.by_key:
+            record, fingerprint = self.store.by_key[idempotency_key]
+            if fingerprint != self._fingerprint(submission):
+                raise IdempotencyKeyReused("This key came with another submission")
+            return TaskStatus.model_validate(record)
+
+        # GOTCHA [await-put]: with a bounded asyncio.Queue one writes `await put(task)`.
+        # It waits until there is room, and the client waits with it. To them the server
+        # hangs. So they try again, and make it worse. Say no, and say it at once.
+        # There is no await between this check and add(): nobody can take the last place.
+        if not self.is_running or self.store.closed:
+            raise QueueStopped("The queue is not running, and takes no tasks")
+        if self.store.count(Status.PENDING) >= self.settings.max_pending:
+            raise QueueFull(f"{self.settings.max_pending} tasks are waiting already")
+
+        record = TaskRecord(
+            id=secrets.token_hex(16),
+            sequence=self.store.submitted,
+            created_at=datetime.now(UTC),
+            request_id=request_id,
+            idempotency_key=idempotency_key,
+            payload_json=payload_json,
+            task_type=submission.task_type,
+            priority=submission.priority,
+            max_retries=submission.max_retries,
+            timeout=submission.timeout,
+        )
+        self.store.add(record)
+        self._schedule(record, submission.delay)
+        if idempotency_key is not None:
+            self.store.by_key[idempotency_key] = record, self._fingerprint(submission)
+        return TaskStatus.model_validate(record)
+
+    def _fingerprint(self, submission: TaskSubmission) -> bytes:
+        """32 bytes that are the same for the same submission, and for no other.
+
+        sort_keys: {"a": 1, "b": 2} and {"b": 2, "a": 1} are the same JSON object.
+        """
+        text = json.dumps(submission.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()
+
+    # First reading.
+    def cancel(self, task_id: str, force: bool = False) -> TaskStatus:
+        """Cancel a waiting task at once. With `force`, ask a running one to stop.
+
+        A running task is returned with the status `running`. It keeps that until its
+        handler has ended. To force it again interrupts the handler again. Raises
+        TaskNotFound, and TaskNotCancellable.
+        """
+        record = self.store.find(task_id)
+        if record.status is Status.PENDING:
+            self.store.move(record, Status.CANCELLED)
+            self._sweep()
+        elif record.status is Status.RUNNING and force:
+            record.cancel_requested = True
+            self._interrupt(record)
         else:
-            self._move(task, Status.PENDING, error=error)
-            self._schedule(task, backoff_delay(task.attempt, self.settings))
-        # %a escapes all but printable ASCII: an error may quote a payload, and must not begin a log line of its own.
-        logger.info("[%s] task %s (%s) attempt %d: %s %a", task.request_id, task.id, task.task_type, task.attempt,
-                    task.status, task.error)
+            reason = "a waiting one can be cancelled, and a running one by force"
+            raise TaskNotCancellable(f"The task is {record.status}: {reason}")
+        return TaskStatus.model_validate(record)
 
-# ===== Middleware ============================================================================== course module 07 =====
-# What all requests have in common: an id, a line in the log, a place in the metrics, a limit to the body. It is pure
-# ASGI: a callable of (scope, receive, send), which are the request, where its body comes from, and where the answer
-# goes; it wraps another one. It knows nothing of tasks.
-# GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write, but puts a queue and a second task
-# in between: `request.is_disconnected()` stays False, context variables don't come back out, streams are hard to stop.
+    async def join(self) -> None:
+        """Wait until no task waits and none runs.
 
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # upper bounds, in seconds
-LABELS = [*map(str, BOUNDS), "+Inf"]
-KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+        A delayed task waits, too. WHY not `PriorityQueue.join()`: that one counts
+        task_done() calls. One that is forgotten, or one for a cancelled task, and it
+        hangs for ever, or raises "task_done() called too many times".
+        """
+        self.store.check_caller()
+        while self.count(Status.PENDING) + self.count(Status.RUNNING) > 0:
+            await self.store.news.wait()
+
+    # -- To start a task ----------------------------------------------------------------
+
+    # First reading.
+    def _schedule(self, record: TaskRecord, delay: float) -> None:
+        """Let the task start, now or `delay` seconds later.
+
+        NEW: `loop.call_later(5, f, x)` calls `f(x)` in five seconds, and costs nothing
+        until then. It returns a handle with a `cancel()`.
+
+        GOTCHA [backoff-holds-slot]: `await asyncio.sleep(backoff)` before the retry is
+        shorter. But the attempt keeps its slot meanwhile. Some tasks that fail, and all
+        slots are asleep. A timer holds no slot.
+
+        GOTCHA [kept-context]: call_later keeps a copy of the caller's context
+        variables until it fires: a session, a user, for up to a day. So it gets an
+        empty context.
+        """
+        if delay <= 0:
+            self._make_ready(record)
+            return
+        record.not_before = datetime.now(UTC) + timedelta(seconds=delay)
+        loop = asyncio.get_running_loop()
+        empty = contextvars.Context()
+        record.timer = loop.call_later(delay, self._make_ready, record, context=empty)
+
+    # First reading.
+    def _make_ready(self, record: TaskRecord) -> None:
+        """Put the task into the heap: it may start as soon as its turn has come.
+
+        Python compares tuples from left to right: (1, 17, a) < (5, 3, b) < (5, 4, c).
+
+        GOTCHA [tie-break]: `(priority, record)` works until two priorities are equal.
+        Then the records are compared: "TypeError: '<' not supported between instances
+        of 'TaskRecord' and 'TaskRecord'". `(priority, time, record)` is no cure. Clocks
+        step back, and two calls can get the same time. A counter does neither.
+
+        GOTCHA [retry-keeps-priority]: a retry that takes a new number stands behind
+        all that came since. Its old number gives it its old place.
+        """
+        record.ready = True
+        self._heap.put_nowait((record.priority, record.sequence, record))
+
+    def _sweep(self) -> None:
+        """Make the heap anew if most of its entries are dead.
+
+        GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
+        entry of a cancelled task stays until worker_loop takes it out and drops it.
+        But while all slots are taken, it takes out nothing. Clients that submit and
+        cancel all day then fill the memory. So the heap is swept once two thirds of it
+        are dead. (100: not for a few.) worker_loop can't be waiting on the old heap
+        then. It waits on an empty one, and this one is full.
+        """
+        waiting = self.store.by_status[Status.PENDING].values()
+        if self._heap.qsize() > 100 + 2 * len(waiting):
+            self._heap = asyncio.PriorityQueue()
+            for record in waiting:
+                if record.ready:
+                    self._make_ready(record)
+
+    # First reading.
+    async def worker_loop(self) -> None:
+        """For ever: take a slot, then the best task, and start an attempt.
+
+        GOTCHA [slot-before-get]: the other way round is the usual one. Take the best
+        task, then wait for a slot with the task in hand. A HIGH task that comes in the
+        meantime is late: the LOW one in hand runs first. And if the loop is cancelled
+        while it waits, the task in its hand is lost. With the slot first, a task is
+        chosen when it can start.
+        """
+        current_settings.set(self.settings)  # the attempts inherit it
+        while True:
+            await self._slots.acquire()
+            _, _, record = await self._heap.get()
+            while not record.ready:  # it was cancelled, and its entry is dead
+                _, _, record = await self._heap.get()
+            record.ready = False
+            # Its first step is due, so the event loop has a strong reference to it. In
+            # that step the attempt notes itself in the record.
+            asyncio.create_task(self._attempt(record))
+
+    # First reading.
+    async def _attempt(self, record: TaskRecord) -> None:
+        """Call the handler once, and settle what comes of it.
+
+        A task becomes `running` in here, in the first step, and not in worker_loop.
+
+        Between worker_loop and that step the task is still `pending`, but it is no
+        longer in the heap.
+
+        GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
+        first step runs none of its code, and no `finally`. If worker_loop marked the
+        task as `running`, such a cancel would leave it `running` for ever, and its slot
+        would be lost. Here nobody can do that. Until the first step a cancel() moves
+        the task from `pending` to `cancelled`, and the first lines see that.
+
+        GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
+        nobody records the end of the task. It also misses SystemExit, which asyncio
+        hands on to whoever runs the loop: one sys.exit() in a handler ends the server.
+        To catch them all is wrong nearly everywhere. It is right here, in the outermost
+        function of an asyncio task, where nothing follows but the books.
+        """
+        if record.status is not Status.PENDING:  # cancelled since it was taken
+            self._slots.release()
+            return
+        self._begin(record)
+        result_json = b"null"
+        error: str | None = None
+        report = ""
+        retry = False  # these three count only if there is an exception
+        try:
+            result_json = await self._run_handler(record)
+        except BaseException as exception:
+            error, report, retry = explain(exception)
+        self._slots.release()  # first of all, so that nothing below can lose the slot
+        self._settle(record, result_json, error, retry)
+        # To log comes last. A log handler may raise, and then all is settled already.
+        self._log(record, report)
+
+    def _begin(self, record: TaskRecord) -> None:
+        """Note that an attempt begins, and set its deadline."""
+        record.attempt += 1
+        record.progress = 0
+        record.error = None
+        record.cancel_requested = False
+        record.timed_out = False
+        record.started_at = datetime.now(UTC)
+        record.asyncio_task = asyncio.current_task()
+        function = self.handlers.get(record.task_type)
+        record.in_thread = function is not None and not is_async(function)
+        self.store.move(record, Status.RUNNING)
+        loop = asyncio.get_running_loop()  # after move(), which stops the old timer
+        record.timer = loop.call_later(record.timeout, self._time_out, record)
+
+    async def _run_handler(self, record: TaskRecord) -> bytes:
+        """Call the handler, and return its result as JSON text."""
+        payload_type = self._payload_types[record.task_type]
+        payload = payload_type.validate_json(record.payload_json)
+        update_progress = self._make_update_progress(record)
+        finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
+        result_json: bytes = await process_task(
+            record.task_type, payload, update_progress, self.handlers, finish
+        )
+        return result_json
+
+    def _make_update_progress(self, record: TaskRecord) -> Reporter:
+        """Make the `update_progress` of one attempt. Any thread may call it.
+
+        NEW: Nothing of asyncio may be touched from another thread, but for one call.
+        `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
+        turn, in its own thread.
+
+        GOTCHA [progress-from-thread]: wake a stream from a handler's thread, and it may
+        sleep on until something else happens. So a thread asks the loop to do it.
+
+        GOTCHA [progress-flood]: a handler reports once per row, a million times. Each
+        report would be a call for the loop to make, and no request gets its turn. Only
+        a higher whole per cent is passed on: a hundred calls at most.
+        """
+        loop = asyncio.get_running_loop()
+        loop_thread = threading.get_ident()
+        attempt = record.attempt
+        highest = 0
+
+        def update_progress(percent: float) -> None:
+            """Report how far this attempt is, in per cent: 0 to 100."""
+            nonlocal highest  # the variable of the function around this one
+            in_other_thread = threading.get_ident() != loop_thread
+            asked_to_stop = record.cancel_requested or record.timed_out
+            if in_other_thread and asked_to_stop:
+                # An exception here is the one way to stop a thread. Of all exceptions
+                # this one, because `except Exception` in a handler doesn't catch it.
+                raise asyncio.CancelledError("this attempt was asked to stop")
+            progress = whole_percent(percent)
+            if progress <= highest:
+                return
+            highest = progress
+            if in_other_thread:
+                note = self._note_progress
+                loop.call_soon_threadsafe(note, record, attempt, progress)
+            else:
+                self._note_progress(record, attempt, progress)
+
+        return update_progress
+
+    def _note_progress(self, record: TaskRecord, attempt: int, progress: int) -> None:
+        """Note how far an attempt is. It never goes back, and an end is an end."""
+        current = record.status is Status.RUNNING and record.attempt == attempt
+        if current and progress > record.progress:
+            record.progress = progress
+            self.store.changed(record)
+
+    # -- To end an attempt --------------------------------------------------------------
+
+    def _time_out(self, record: TaskRecord) -> None:
+        """The attempt has had `timeout` seconds."""
+        record.timed_out = True
+        self._interrupt(record)
+
+    def _interrupt(self, record: TaskRecord) -> None:
+        """Ask the handler that runs to stop. When it has, _settle() says what becomes.
+
+        NEW: `asyncio_task.cancel()` raises CancelledError inside the coroutine, at the
+        `await` where it waits. It is a request: the coroutine can clean up first, or
+        even catch the error and go on. To ask again raises it again.
+
+        A thread can't be reached in this way. Its next `update_progress` will raise. If
+        it never calls that, it runs to its end and keeps its slot, whatever the timeout
+        says.
+        """
+        if record.asyncio_task is not None and not record.in_thread:
+            record.asyncio_task.cancel()
+
+    # First reading.
+    def _settle(
+        self, record: TaskRecord, result_json: bytes, error: str | None, retry: bool
+    ) -> None:
+        """Decide what becomes of a task whose attempt has ended. The first row counts:
+
+            a cancel was asked for                      →  cancelled
+            the handler returned, in time               →  completed
+            it failed, and may be tried again           →  pending, with a backoff
+            it failed                                   →  failed
+
+        A handler that ends after its time was up has failed, whatever it returns.
+
+        GOTCHA [whose-timeout]: what comes out of a handler doesn't say why. A
+        TimeoutError may be our deadline, or that of the handler's own HTTP client. A
+        CancelledError may be a client's cancel, a stop, or a bug. And a handler can
+        swallow each of them. So nothing is concluded from exceptions. We noted down
+        what we did: `cancel_requested`, `timed_out`.
+        """
+        record.asyncio_task = None
+        if record.status is not Status.RUNNING:
+            return  # left behind by a stop, which has ended it already
+        if record.cancel_requested:
+            self.store.move(record, Status.CANCELLED)
+            return
+        if record.timed_out:
+            error = f"TimeoutError: no result within {record.timeout:g} s"
+            retry = True
+        record.error = error
+        if error is None:
+            record.progress = 100
+            record.result_json = result_json
+            self.store.move(record, Status.COMPLETED)
+        elif retry and record.attempt <= record.max_retries:
+            self.store.move(record, Status.PENDING)
+            self._schedule(record, backoff_delay(record.attempt, self.settings))
+        else:
+            self.store.move(record, Status.FAILED)
+
+    def _log(self, record: TaskRecord, report: str) -> None:
+        """Write how an attempt has ended; if it has failed, with its traceback.
+
+        The traceback has many lines. Each begins with a bar, so that none can pass for
+        a line of the log itself.
+        """
+        outcome: str = record.status
+        level = logging.INFO
+        if record.error is not None:
+            level = logging.WARNING
+            lines = [f"{outcome}, {record.error}", *report.splitlines()]
+            outcome = "\n    | ".join(printable(line) for line in lines)
+        text = "[%s] task %s (%s) attempt %d: %s"
+        ids = (record.request_id, record.id, record.task_type, record.attempt)
+        logger.log(level, text, *ids, outcome)
+
+    # -- To stop it ----------------------------------------------------------------------
+
+    def begin_shutdown(self) -> None:
+        """From now on refuse submissions, and end every watch. What runs, runs on.
+
+        Under a server this comes some time before `__aexit__`: see the section App.
+        """
+        self.store.close()
+
+    # First reading.
+    async def __aexit__(self, *_: object) -> None:
+        """Stop the queue.
+
+        1. Refuse submissions, and end all watches.
+        2. Start no more tasks, and cancel those that wait.
+        3. Give the handlers that run `drain_seconds` to finish.
+        4. Ask those that still run to stop, and wait GRACE_SECONDS for them.
+        5. Leave behind whoever doesn't stop, with a warning.
+
+        We can be cancelled ourselves while we wait in step 3 or 4: by a Ctrl-C under
+        asyncio.run(), or by a timeout around the whole block. Then CancelledError comes
+        out of that `await`. The two `finally` see to it that the other steps are done
+        all the same, however often that happens.
+        """
+        self.begin_shutdown()
+        self._worker.cancel()
+        self._cancel_all(Status.PENDING)
+        try:
+            await self._wait_for_attempts(self.settings.drain_seconds)
+        finally:
+            # This only asks: no task leaves `running`, and the dict, before we wait.
+            for record in self.store.by_status[Status.RUNNING].values():
+                record.cancel_requested = True
+                self._interrupt(record)
+            try:
+                await self._wait_for_attempts(self.GRACE_SECONDS)
+            finally:
+                self._cancel_all(Status.RUNNING)
+                self._cancel_all(Status.PENDING)  # came back for a retry meanwhile
+
+    async def _wait_for_attempts(self, seconds: float) -> None:
+        """Wait until the worker loop has ended, and all attempts, but not longer."""
+        running = self.store.by_status[Status.RUNNING].values()
+        attempts = [record.asyncio_task for record in running if record.asyncio_task]
+        await asyncio.wait([self._worker, *attempts], timeout=seconds)
+
+    def _cancel_all(self, status: Status) -> None:
+        """End all tasks of this status as cancelled.
+
+        A handler that runs is asked a last time to stop, and nobody waits for it.
+        """
+        records = list(self.store.by_status[status].values())
+        for record in records:
+            self.store.move(record, Status.CANCELLED)
+        for record in records:
+            if record.asyncio_task is not None:
+                record.asyncio_task.cancel()
+                message = "[%s] task %s doesn't let go: its handler is left behind"
+                logger.warning(message, record.request_id, record.id)
+
+
+# ===== Middleware =================================================== module 07 =======
+# What all requests have in common: an id, a line in the log, a place in the metrics, a
+# limit for the body. It knows nothing of tasks.
+#
+# NEW: ASGI in a minute. It is the interface between a server, such as uvicorn, and a
+# Python app. An ASGI app is a callable of three arguments.
+#     scope     a dict that describes the request: method, path, headers
+#     receive   `await receive()` gives the next part of its body
+#     send      `await send(message)` takes the parts of the answer: one
+#               "http.response.start" with status and headers, then the body in pieces
+# FastAPI is such an app. A middleware is one, too, and it calls the next one. To see
+# the answer go by, it hands down a `send` of its own, as below.
+#
+# GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write. But
+# it runs the rest of the app in a second asyncio task, and hands each piece of the
+# answer from that one to this. So a context variable that a route sets is unknown here:
+# it was set in the other task. Each frame of a stream makes a detour. And when a client
+# hangs up, there are two asyncio tasks to stop in the right order, where a plain ASGI
+# class, as below, has none of its own.
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 
 class Metrics:
-    """Counts the requests to each route, and how long they took.
-    GOTCHA [raw-path-labels]: counted by URL, every task makes a counter of its own, and a scanner millions. Route
-    templates are few. A method is a client's free text too."""
+    """How often each route was asked, how it answered, and how long that took.
+
+    GOTCHA [raw-path-labels]: counted by path, each task has a counter of its own, and a
+    scanner who tries a million paths makes a million. The templates of the routes are
+    few: "/tasks/{task_id}". A method is free text of the client's, too.
+
+    SIMPLIFIED: production has prometheus_client, and it counts durations in buckets.
+    """
 
     def __init__(self) -> None:
-        self.statuses: dict[tuple[str, str], Counter[int]] = {}  # by method and route
-        self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self.buckets: dict[tuple[str, str], list[int]] = {}
+        # Both by (method, route template, status).
+        self.requests: Counter[tuple[str, str, int]] = Counter()
+        self.seconds: defaultdict[tuple[str, str, int], float] = defaultdict(float)
 
-    def record(self, route: tuple[str, str], status: int, seconds: float) -> None:
-        if route not in self.statuses:
-            self.statuses[route], self.buckets[route] = Counter(), [0] * len(LABELS)
-        self.statuses[route][status] += 1
-        self.seconds[route] += seconds
-        self.buckets[route][bisect.bisect_left(BOUNDS, seconds)] += 1
+    def record(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answer."""
+        if method not in METHODS:
+            method = "OTHER"
+        self.requests[method, route, status] += 1
+        self.seconds[method, route, status] += seconds
 
     def as_json(self) -> dict[str, Any]:
-        counts = sum(self.statuses.values(), Counter[int]())
-        return {"total_requests": counts.total(), "status_counts": counts,
-                "avg_duration_ms": round(1000 * sum(self.seconds.values()) / max(1, counts.total()), 3),
-                "routes": {" ".join(route): {
-                    "count": sum(buckets), "avg_duration_ms": round(1000 * self.seconds[route] / sum(buckets), 3),
-                    "up_to_seconds": {le: n for le, n in zip(LABELS, buckets, strict=True) if n},
-                } for route, buckets in self.buckets.items()}}
+        """Totals over all routes. The Prometheus format has each route by itself."""
+        statuses: Counter[int] = Counter()
+        for (_, _, status), count in self.requests.items():
+            statuses[status] += count
+        milliseconds = 1000 * sum(self.seconds.values())
+        return {
+            "total_requests": statuses.total(),
+            "avg_duration_ms": round(milliseconds / max(1, statuses.total()), 3),
+            "status_counts": statuses,
+        }
 
     def as_prometheus(self) -> Iterator[str]:
-        """Lines of the text format 0.0.4. Unlike in JSON, a bucket counts the ones below too."""
-        labels = {route: f'method="{route[0]}",route="{route[1]}"' for route in self.statuses}
-        yield "# TYPE taskqueue_http_requests_total counter"
-        for route, statuses in self.statuses.items():
-            for status, n in statuses.items():
-                yield f'taskqueue_http_requests_total{{{labels[route]},status="{status}"}} {n}'
-        yield "# TYPE taskqueue_http_request_seconds histogram"
-        for route, buckets in self.buckets.items():
-            for le, n in zip(LABELS, itertools.accumulate(buckets), strict=True):
-                yield f'taskqueue_http_request_seconds_bucket{{{labels[route]},le="{le}"}} {n}'
-            yield f"taskqueue_http_request_seconds_sum{{{labels[route]}}} {self.seconds[route]:.6f}"
-            yield f"taskqueue_http_request_seconds_count{{{labels[route]}}} {sum(buckets)}"
+        """Lines of the Prometheus text format, version 0.0.4."""
+        name = "taskqueue_http_request_seconds"
+        yield f"# HELP {name} Seconds until the first byte of an answer."
+        yield f"# TYPE {name} summary"
+        for (method, route, status), count in self.requests.items():
+            labels = f'{{method="{method}",route="{route}",status="{status}"}}'
+            yield f"{name}_sum{labels} {self.seconds[method, route, status]:.6f}"
+            yield f"{name}_count{labels} {count}"
 
+
+# First reading.
 class RequestMiddleware:
-    """Gives every request its id, its limit, its line in the log and its place in the metrics."""
-    SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+    """Gives each request its id, its limit, its line in the log, and its metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
-        self.app, self.metrics, self.max_body = app, metrics, max_body
+        self.app = app
+        self.metrics = metrics
+        self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        began, body_size, started = time.perf_counter(), 0, False
+        """Handle one request, from its first byte in to its last one out."""
+        if scope["type"] != "http":  # "lifespan" or "websocket"
+            await self.app(scope, receive, send)
+            return
+
+        started_at = time.perf_counter()
+        answer_started = False
+        body_size = 0
         request_id = self._request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id  # for routes: `request.state.request_id`
+        # What stands in the scope's "state" is `request.state` in a route.
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def receive_limited() -> Message:
-            # WHY not FastAPI's max_body_size: its 413 is plain text and without our id, if there is a Content-Length.
+            """Pass on a part of the body, as long as it is not too large."""
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))
-            if body_size > self.max_body and not started:  # once the answer goes out, nobody waits for a body
-                raise HTTPException(413, f"The body has more than {self.max_body} bytes")
+            # FastAPI is reading the body just now, and makes a 413 of this exception. If
+            # the answer has begun, nobody reads it any more.
+            if body_size > self.max_body and not answer_started:
+                raise HTTPException(413, f"The body has over {self.max_body} bytes")
             return message
 
-        def send_with_id(message: Message) -> Awaitable[None]:
-            nonlocal started
+        async def send_with_id(message: Message) -> None:
+            """Pass on a part of the answer. The first one gets the id."""
+            nonlocal answer_started
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                # GOTCHA [stream-latency]: a stream "takes" as long as somebody watches it, and a few of those drown the
-                # average of all others. Measured to its first byte it is a request like any.
-                self._record(scope, request_id, message["status"], time.perf_counter() - began)
-            return send(message)
+                answer_started = True
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                # GOTCHA [stream-latency]: a stream lasts as long as somebody watches
+                # it, maybe an hour. Some of those, and the average says nothing about
+                # all the others. So the clock stops at the first byte.
+                seconds = time.perf_counter() - started_at
+                self._record(scope, request_id, message["status"], seconds)
+            await send(message)
 
         try:
             await self.app(scope, receive_limited, send_with_id)
         except SendTimeoutError:
-            # SIMPLIFIED: uvicorn logs an ERROR, and keeps the socket until it is flushed; a proxy would drop it.
-            logger.warning("[%s] a reader has stopped reading: its stream is ended", request_id)
+            # Our part has ended: the generator is closed, and nothing of it is kept.
+            # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
+            # until the client reads on or hangs up. A proxy in front would hang up.
+            logger.warning("[%s] a reader has stopped reading: dropped", request_id)
         except Exception:
-            # GOTCHA [unhandled-is-500]: the answer to an unhandled exception is made further out, by Starlette or the
-            # server, where no middleware sees it pass and none can count it.
-            if started:
+            # GOTCHA [unhandled-is-500]: the 500 for an unhandled exception is made by
+            # Starlette's outermost layer. That is outside of this one: no id, not in
+            # the metrics. So we make it here, unless the answer has begun already.
+            if answer_started:
                 raise
             logger.exception("[%s] unhandled exception", request_id)
-            await JSONResponse({"detail": "Internal Server Error"}, 500)(scope, receive, send_with_id)
+            answer = JSONResponse({"detail": "Internal Server Error"}, 500)
+            await answer(scope, receive, send_with_id)
 
     def _request_id(self, scope: Scope) -> str:
-        inbound = str(dict(scope["headers"]).get(b"x-request-id", b""), "latin-1")
-        return inbound if self.SANE_ID.fullmatch(inbound) else secrets.token_hex(8)
+        """The client's own id if it is harmless, else a new one.
 
-    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
-        route = getattr(scope.get("route"), "path", "(other)")  # the router has set it by now
-        self.metrics.record((method, route), status, seconds)
-        # %a again: a path with %0A in it can't begin a log line of its own.
-        logger.info("[%s] %s %a %d %.1f ms", request_id, method, scope["path"][:200], status, 1000 * seconds)
+        With the client's own, one id follows a request through a chain of services.
+        """
+        sent = Headers(scope=scope).get("X-Request-ID", "")
+        if SANE_ID.fullmatch(sent):
+            return sent
+        return secrets.token_hex(8)
 
-# ===== Page ===========================================================================================================
-# GET / shows the queue at work: one page, no framework, nothing from another host. It uses the API as any client would;
-# all that it shows of tasks comes through one EventSource, and as `textContent` alone. Skip it at a first reading.
+    def _record(
+        self, scope: Scope, request_id: str, status: int, seconds: float
+    ) -> None:
+        """Count an answer that begins, and write its line into the log."""
+        # The router has put its route into the scope by now, if there is one.
+        route = getattr(scope.get("route"), "path", "(none)")
+        self.metrics.record(scope["method"], route, status, seconds)
+        line = f"{scope['method'][:20]} {scope['path'][:200]} {status}"
+        # Both are free text of the client's: a path with %0A in it has a line break.
+        logger.info("[%s] %s %.1f ms", request_id, printable(line), 1000 * seconds)
 
-PAGE = """<!doctype html><html lang=en><title>taskqueue</title><meta name=viewport content=width=device-width><style>
-:root { color-scheme: light dark; --ink: light-dark(#17212d, #e8edf3); --card: light-dark(#fff, #1b222c);
-  background: light-dark(#f1f4f8, #11161d); font: clamp(16px, .5vw + 11px, 26px)/1.4 system-ui, sans-serif; }
-* { --tone: color-mix(in srgb, var(--hue, #1976f2), var(--ink) 45%); box-sizing: border-box; margin: 0; padding: 0;
-  font: inherit; color: var(--ink); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.pending { --hue: #e90; } .completed { --hue: #0b3; } .failed { --hue: #f22; } .cancelled { --hue: gray; }
-header, section, li, form { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: center; }
-body, aside, form { display: grid; gap: .7rem; align-content: start; padding: .8rem; } aside { padding: 0; }
-h1, h2, strong { display: block; font-weight: 650; font-size: 2rem; } h2 { font-size: 1.2rem; padding: .7rem 0 .2rem; }
-p, form, ol { background: var(--card); border-radius: .5rem; } #pending { max-height: 30vh; overflow: auto; }
-p { flex: 1 0 6.5rem; padding: .4rem .5rem; border-top: .25rem solid var(--tone); } label { display: contents; }
-form { grid-template-columns: auto 1fr; } form button { grid-column: span 2; } button:empty { display: none; }
-label > *, button, b { padding: .2rem .5rem; background: none; border: 1px solid; border-radius: .4rem; min-width: 0; }
-form button, .HIGH b { background: var(--ink); color: var(--card); } small, time { color: light-dark(#567, #abc); }
-li { position: relative; padding: .3em 1em; border-bottom: 1px solid #8883; } small { font-weight: 400; }
-li :first-child, #state { color: var(--tone); font-weight: 600; } b { text-align: center; font-size: .8em; }
-i { position: absolute; inset: auto auto 0 0; height: .25rem; background: var(--tone); } li button, b { padding: 0; }
-@media (min-width: 62rem) { body { grid-template: auto 1fr / 15.5rem minmax(0, 1fr); gap: 1rem 1.5rem; padding: 1rem; }
-  li { display: grid; grid-template-columns: 6rem 11.5rem 4.5rem minmax(0, 1fr) 4.75rem 5rem; } }
-@media (prefers-reduced-motion: no-preference) { li { animation: arrive .8s; } i { transition: width .5s; } }
-@keyframes arrive { from { background: #8884; } } :focus-visible { outline: 3px solid var(--tone); }
-</style><link rel=icon href=data:,><header><h1>taskqueue</h1><output id=state></output><a href=/docs>API docs</a>
-<a href=/metrics>Metrics</a></header><section>TILES</section><aside><form><label>Type<select name=task_type>TYPES
-</select></label><label>Priority<select name=priority><option value=5>MEDIUM<option value=1>HIGH<option value=10>LOW
-</select></label><label>Retries<input name=max_retries value=0></label><label>Delay, s<input name=delay value=0></label>
-<label>Payload<textarea name=payload rows=3 aria-describedby=answer>{}</textarea></label><button>Submit</button></form>
-<output id=answer></output></aside><main><h2>Running <small id=workers></small></h2><ol id=running></ol>
-<h2>Pending <small>up to 50, in the order in which they will run</small></h2><ol id=pending></ol>
-<h2>Finished <small>up to 50, newest first</small></h2><ol id=finished></ol></main><template><li><span></span>
-<a target=_blank></a><b></b><bdi></bdi><time></time><button></button><i role=progressbar></i></template>
-<script>const tasks = new Map(), form = document.forms[0], PRIORITIES = {1: "HIGH", 5: "MEDIUM", 10: "LOW"};
-const find = selector => document.querySelector(selector), seconds = ms => `${Math.max(0, Math.round(ms / 1000))} s`;
-const showState = (className, textContent) => Object.assign(find("#state"), {className, textContent});
-let source, server, life, frame, doubt;  // the stream, its latest `queue` event, whose it is, since when we differ
-function connect() {  // afresh; after a mere loss of connection EventSource does so itself, and gets what changed since
-  source?.close(); tasks.clear(); server = {tasks: {}}; life = doubt = null;
-  source = new EventSource("/events");
-  source.onopen = () => showState("completed", "● Live");
-  source.onerror = () => showState("failed", "Connection lost, trying again…");
-  const listen = (name, listener) => source.addEventListener(name, event => listener(JSON.parse(event.data)));
-  listen("shutdown", () => { source.onerror = () => showState("pending", "The server has shut down, waiting…"); });
-  listen("task", task => tasks.set(task.id, {...tasks.get(task.id), ...task}));
-  listen("queue", queue => { server = queue; life ??= queue.life; frame ??= requestAnimationFrame(draw); }); }
-function draw() {  // once for all changes since the last frame, however many
-  const now = Date.now(), focused = document.activeElement, counts = server.tasks; frame = null;
-  // The server is another; or a task has ended and was evicted unseen, and its row stays; or EventSource has given up.
-  if (life != server.life || doubt && now - doubt > 2000 || source.readyState === EventSource.CLOSED) return connect();
-  for (const task of tasks.values()) task.wait = Math.max(0, Date.parse(task.not_before) - now) || 0;
-  const inTurn = (a, b) => a.wait - b.wait || a.priority - b.priority || (a.created_at < b.created_at ? -1 : 1);
-  const {running = [], pending = [], finished = []} = Object.groupBy(
-    [...tasks.values()].sort(inTurn), task => task.completed_at ? "finished" : task.status);
-  finished.sort((a, b) => a.completed_at < b.completed_at ? 1 : -1).splice(50).forEach(old => tasks.delete(old.id));
-  for (const [name, group] of Object.entries({running, pending, finished})) {
-    const list = find(`#${name}`), rows = group.slice(0, 50).map(drawRow);
-    for (const row of [...list.children]) if (!rows.includes(row)) row.remove();
-    rows.forEach((row, at) => { if (list.children[at] !== row) list.insertBefore(row, list.children[at] ?? null); }); }
-  if (focused !== document.activeElement) focused.focus({preventScroll: true});  // a row that moves loses it
-  for (const status in counts) find(`.${status} strong`).textContent = counts[status];
-  find("#workers").textContent = `${running.length} of ${server.workers} workers are busy`;
-  doubt = running.length <= counts.running && pending.length <= counts.pending ? null : doubt ?? now; }
-function drawRow(task) {
-  const row = task.row ??= find("template").content.firstChild.cloneNode(true), {id, status, attempt, progress} = task;
-  const name = `${task.task_type} ${id.slice(0, 4)}`, priority = PRIORITIES[task.priority], runs = status === "running";
-  const verb = runs ? "Stop" : status === "pending" ? "Cancel" : "", age = Date.now() - Date.parse(task.created_at);
-  const notes = [attempt && `attempt ${attempt}/${task.max_retries + 1}`, runs && `${progress} %`, task.error, task.wait
-    && `${attempt ? "retries" : "starts"} in ${seconds(task.wait)}`, JSON.stringify(task.result ?? undefined)];
-  const texts = [status, name, priority, notes.filter(Boolean).join(" · ").slice(0, 200), `${seconds(age)} ago`, verb];
-  texts.forEach((text, at) => { if (row.children[at].textContent !== text) row.children[at].textContent = text; });
-  row.className = `${status} ${priority}`; row.children[1].href = `/tasks/${id}/stream`;
-  Object.assign(row.children[5], {ariaLabel: `${verb} ${name}`, value: `/tasks/${id}?force=${runs}`});
-  Object.assign(row.lastChild, {ariaLabel: name, ariaValueNow: progress, style: `width: ${progress}%`}); return row; }
-async function send(method, path, ...bodies) {  // one after another, until one is refused; the last answer is shown
-  let answer = {ok: true}; const headers = {"Content-Type": "application/json"};
-  for (const body of bodies) if (answer.ok) answer = await fetch(path, {method, body, headers});
-  const {detail = answer.statusText} = await answer.json(), wait = answer.headers.get("Retry-After");
-  const text = Array.isArray(detail) ? detail.map(({loc, msg}) => `${loc.join(".")}: ${msg}`).join("; ") : detail;
-  find("#answer").textContent = `${answer.status} ${text}${wait ? `, Retry-After: ${wait} s` : ""}`; }
-find("main").onclick = ({target}) => target.value && send("DELETE", target.value, null);
-form.onsubmit = () => {  // each field goes out as it was typed, so that its error is the API's, and 1.0 stays 1.0
-  send("POST", "/tasks", `{${[...new FormData(form)].map(([name, value]) => `"${name}": ${value}`)}}`); return false; };
-const low = {task_type: "send_email", priority: 10}, types = [...form.task_type].map(option => option.text);
-for (const [textContent, orders] of Object.entries({
-  "Burst of 20 mixed": Array.from({length: 20}, (_, i) => ({task_type: types[i % 3], priority: [10, 5, 1, 5][i % 4]})),
-  "One HIGH behind ten LOW": [...Array(10).fill(low), {...low, priority: 1}], "Fill the queue": Array(9999).fill(low),
-  "A task that fails and retries": [{...low, max_retries: 3, payload: {to: "nobody@example.invalid"}}]})) {
-  const onclick = () => send("POST", "/tasks", ...orders.map(order => JSON.stringify(order)));
-  form.before(Object.assign(document.createElement("button"), {textContent, onclick})); }
-connect(); setInterval(draw, 1000);
-</script>""".replace("TYPES", "".join(f"<option value='\"{kind}\"'>{kind}" for kind in TaskType)).replace(
-    "TILES", "".join(f"<p class={status}>{status.title()}<strong>0</strong></p>" for status in Status))
 
-# The policy names the one style and the one script by their hashes: nothing else runs here, however it got in.
-PAGE_HEADERS = {"Content-Security-Policy": "style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src "
-    "data:; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; trusted-types 'none'; "
-    "require-trusted-types-for 'script'".format(*(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-                                                  for text in re.split("</?(?:style|script)>", PAGE)[1::2]))}
-
-# ===== Routes ================================================================================== course module 07 =====
-# The HTTP face: a route turns a request into calls of the queue; one table, its exceptions into status codes.
-# SIMPLIFIED: whoever reaches the port may do it all. Production asks who calls, and keeps their ids and keys apart.
+# ===== Routes ======================================================= module 07 =======
+# The queue over HTTP. A route translates a request into a call of the queue. What the
+# queue raises is turned into a status code by one table, HTTP_STATUS, for all routes.
+#
+# All are `async def`, also where nothing is awaited. FastAPI calls a plain `def` route
+# in a thread. That costs more than the rest of the request, and the queue refuses it.
+#
+# SIMPLIFIED: whoever reaches the port may do everything. Production asks who it is.
 
 router = APIRouter()
+
 HTTP_STATUS: dict[type[QueueError], int] = {
-    TaskNotFound: 404, TaskNotCancellable: 409, IdempotencyKeyReused: 422, QueueFull: 503, QueueStopped: 503}
+    TaskNotFound: 404,
+    TaskNotCancellable: 409,
+    IdempotencyKeyReused: 422,
+    QueueFull: 503,
+    QueueStopped: 503,
+}
+
 
 class Problem(BaseModel):
+    """The body of an answer that is no success."""
+
     detail: str
 
-ANSWERS: dict[int | str, dict[str, Any]] = {  # for OpenAPI: what else routes may answer
-    "stream": {"content": {"text/event-stream": {}}},
-    404: {"model": Problem, "description": "No task has this id"},
-    409: {"model": Problem, "description": "The task has ended; or it runs, and was not forced"},
-    413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "No room", "headers": {"Retry-After": {"schema": {"type": "integer"}}}}}
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What else a route may answer, for the API's documentation."""
+    return {status: {"model": Problem} for status in statuses}
+
 
 def queue_of(request: Request) -> TaskQueue:
-    """The app's queue. WHY not Depends(): FastAPI would resolve it for each request, at a tenth of its whole cost."""
-    return request.app.state.queue  # type: ignore[no-any-return]  # it is there once the lifespan has begun
+    """The queue of the app. It is there once the lifespan has begun.
 
-LastEventId = Annotated[str, Header(description="resume after this `id:`; a junk or future one is ignored")]
+    Without that: "'State' object has no attribute 'queue'". httpx's ASGITransport runs
+    no lifespan. In a test, write `async with app.router.lifespan_context(app):`.
+    """
+    queue: TaskQueue = request.app.state.queue
+    return queue
 
-@router.post("/tasks", status_code=202, responses={400: {"model": Problem}, 413: ANSWERS[413], 503: ANSWERS[503]})
+
+# First reading.
+@router.post("/tasks", status_code=202, responses=problems(400, 413, 503))
 async def submit_task(
-    submission: TaskSubmission, request: Request, response: Response,
+    submission: TaskSubmission,
+    request: Request,
+    response: Response,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> TaskStatus:
-    """Submit a task. With an `Idempotency-Key`, a repeated request gets the first one's task, until that is evicted."""
-    status = queue_of(request).submit(submission, request.state.request_id, idempotency_key)
-    response.headers["Location"] = f"/tasks/{status.id}"
-    return status
+    """Submit a task. 202 means: it is kept, and not done yet.
+
+    With an `Idempotency-Key`, a repeated request gets the task of the first one.
+    """
+    request_id = request.state.request_id
+    task = queue_of(request).submit(submission, request_id, idempotency_key)
+    root_path = request.scope.get("root_path", "")  # the prefix of a proxy or a mount
+    response.headers["Location"] = f"{root_path}/tasks/{task.id}"
+    return task
+
 
 @router.get("/tasks")
 async def list_tasks(
-    request: Request, status: Status | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    request: Request,
+    status: Status | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> TaskList:
+    """List the tasks, newest first, a page at a time.
+
+    A task has its whole payload here. 100 tasks of 64 KB take some tenths of a second,
+    and in that time nobody else is served. If yours are large, ask for fewer (`limit`),
+    or allow less (`max_body`).
+    """
     tasks, total = queue_of(request).list_tasks(status, limit, offset)
     return TaskList(tasks=tasks, total=total)
 
-@router.get("/tasks/{task_id}", responses={404: ANSWERS[404]})
+
+# First reading.
+@router.get("/tasks/{task_id}", responses=problems(404))
 async def get_task(task_id: str, request: Request) -> TaskStatus:
+    """Show one task, in whatever state it is."""
     return queue_of(request).get_task(task_id)
 
-@router.delete("/tasks/{task_id}", responses={
-    404: ANSWERS[404], 409: ANSWERS[409], 202: {"model": dict[str, str], "description": "It was asked to stop"}})
-async def cancel_task(task_id: str, request: Request, response: Response, force: bool = False) -> dict[str, str]:
-    """Cancel a waiting task; with `force=true`, also ask a running one to stop."""
-    if queue_of(request).cancel(task_id, force).status is Status.CANCELLED:
+
+# First reading.
+@router.delete("/tasks/{task_id}", responses={202: {}, **problems(404, 409)})
+async def cancel_task(
+    task_id: str, request: Request, response: Response, force: bool = False
+) -> dict[str, str]:
+    """Cancel a task that waits. With `force=true`, also ask a running one to stop.
+
+    That one is `cancelled` once its handler has let go.
+    """
+    task = queue_of(request).cancel(task_id, force)
+    if task.status is Status.CANCELLED:
         return {"detail": "Task cancelled", "task_id": task_id}
     response.status_code = 202
     return {"detail": "Cancellation requested", "task_id": task_id}
 
+
+# -- The stream of a task -----------------------------------------------------------------
+# NEW: Server-Sent Events (SSE) are an HTTP answer that doesn't end. It is text, made of
+# frames. A frame is a few lines and an empty one:
+#
+#     event: progress
+#     id: 1795656515327839
+#     data: {"status": "running", "progress": 40, "attempt": 1}
+#
+# In a browser, `new EventSource("/tasks/1/stream")` reads it. If the connection breaks,
+# it comes back by itself. It then sends the last `id` in the header Last-Event-ID.
+# Frames with a name reach only `addEventListener("progress", …)`, and not `onmessage`.
+# WHY SSE: a WebSocket talks both ways, and is another protocol. Polling asks a hundred
+# times for nothing. Here only the server talks, and it is plain HTTP.
+
+LastEventId = Annotated[str, Header(description="resume after this `id:`")]
+
+
+STREAM: dict[str, Any] = {
+    "content": {"text/event-stream": {}}
+}  # for the API's documentation
+
+
+def parse_event_id(text: str) -> int:
+    """The number in a Last-Event-ID; 0, which is "nothing seen", for anything else.
+
+    It is no error. EventSource sends it by itself, and its user can't mend it.
+    """
+    if re.fullmatch("[0-9]{1,18}", text):
+        return int(text)
+    return 0
+
+
+def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
+    """One frame. `data` is JSON: a line break in a text is written as a \\n there.
+
+    No event is named "error": EventSource has one of that name.
+    """
+    id_line = ""
+    if version is not None:
+        id_line = f"id: {version}\n"
+    return f"event: {event}\n{id_line}data: {data}\n\n".encode()
+
+
+SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail": "The server is stopping"}')
+
+
+# First reading.
 def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceResponse:
-    """Send `frames` as Server-Sent Events, until they end, the client goes, or the server stops."""
-    # GOTCHA [shutdown-order]: the server runs a lifespan's shutdown only when all responses have ended, and a stream
-    # doesn't end by itself: Ctrl-C waits for ever, or cuts it off and the client sees an error. sse-starlette notices
-    # the signal and calls `shutdown_event.set()`: on an object of ours, whose `set` has the queue end all watches.
-    settings, farewell = queue.settings, SimpleNamespace(set=queue.begin_shutdown)
-    return EventSourceResponse(frames, ping=settings.ping_seconds, send_timeout=settings.send_timeout, sep="\n",
-                               shutdown_event=farewell, shutdown_grace_period=2)  # type: ignore[arg-type]
+    """Send the frames until they end, or until the client has gone.
 
-SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail":"The server is stopping"}')
+    A ping keeps the connection open when there is no news. A reader that has not read
+    for `send_timeout` seconds is dropped, with what it holds.
 
-def event_id(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0  # int() refuses very long ones
+    sse-starlette would cut the streams off when a server of this process stops. The
+    endless grace period keeps it from that. Ours end by themselves: see
+    end_watches_at_a_signal(), in the next section.
+    """
+    return EventSourceResponse(
+        frames,
+        ping=queue.settings.ping_seconds,
+        sep="\n",
+        send_timeout=queue.settings.send_timeout,
+        shutdown_grace_period=math.inf,
+    )
 
-@router.get("/tasks/{task_id}/stream", response_class=Response, responses={
-    404: ANSWERS[404], 200: ANSWERS["stream"], 204: {"description": "Ended, and its last event is known"}})
-async def stream_task(task_id: str, request: Request, last_event_id: LastEventId = "") -> Response:
-    """Watch one task: its state now, then the latest whenever it has changed, until it has ended.
-    GOTCHA [404-after-200]: an error raised inside the generator comes after the status line has gone out with a 200. So
-    the task is looked up here, before there is a response.
-    GOTCHA [reconnect-for-ever]: EventSource takes the normal end of a stream for a lost connection and comes back,
-    again and again. A 204 tells it to stop (HTML standard, 9.2)."""
-    queue, sent = queue_of(request), event_id(last_event_id)
-    status = queue.get_task(task_id)
-    if status.status in FINAL and sent == status.version:
+
+# First reading.
+@router.get(
+    "/tasks/{task_id}/stream",
+    response_class=EventSourceResponse,
+    responses={200: STREAM, 204: {}, **problems(404)},
+)
+async def stream_task(
+    task_id: str, request: Request, last_event_id: LastEventId = ""
+) -> Response:
+    """Watch one task: its state now, then what changes, until it has ended.
+
+        event: progress
+        id: 1795656515327839
+        data: {"status": "running", "progress": 40, "attempt": 1}
+
+    204: it has ended, and `Last-Event-ID` says that you know. `event: shutdown`: the
+    server stops.
+    """
+    queue = queue_of(request)
+    sent = parse_event_id(last_event_id)
+    # GOTCHA [404-after-200]: an error that is raised inside of the generator comes
+    # after the status line. The client has a 200, and then a broken stream: "Expected
+    # 'http.response.body', but got 'http.response.start'". Look the task up out here.
+    task = queue.get_task(task_id)
+    # GOTCHA [reconnect-for-ever]: EventSource takes the end of a stream for a lost
+    # connection, and comes back, again and again. A 204 tells it to stop (HTML
+    # standard, 9.2 Server-sent events).
+    if task.status in FINAL and task.version == sent:
         return Response(status_code=204)
     return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
-async def task_frames(states: AsyncGenerator[TaskStatus, None]) -> AsyncIterator[bytes]:
-    status = None
-    async with contextlib.aclosing(states):  # who closes us, closes it
-        async for status in states:
-            yield status.progress_frame
-    if status is None or status.status not in FINAL:
+
+async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
+    """The frames of one task's stream.
+
+    NEW: A client may hang up while this generator stands at its `yield`. Then it is
+    closed: Python raises GeneratorExit there. That doesn't close the generator that it
+    reads from. aclosing() does, at the end of its block. So the `finally` in _watch()
+    runs at once.
+    """
+    ended = False
+    async with contextlib.aclosing(states):
+        async for task in states:
+            ended = task.status in FINAL
+            yield encode_frame("progress", task.progress_json, task.version)
+    if not ended:
         yield SHUTDOWN_FRAME
 
-@router.get("/events", response_class=Response, responses={200: ANSWERS["stream"]})
-async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
-    """Watch all tasks: the latest 100, then what has changed. After each batch: a `queue` event with the counts.
-    GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections per host. A page with a stream per row has
-    no connection left for its seventh row, nor for a click. It needs one stream for all rows."""
-    queue = queue_of(request)
-    return event_stream(queue, all_frames(queue, event_id(last_event_id)))
 
-async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(queue.watch_all(sent)) as batches:
-        async for tasks in batches:
-            for task in tasks:
-                yield task.task_frame
-            yield encode_frame("queue", json.dumps(overview(queue)))
-    yield SHUTDOWN_FRAME
+# -- How it is doing ---------------------------------------------------------------------
+
 
 def overview(queue: TaskQueue) -> dict[str, Any]:
     """The queue in numbers. `life` tells one start of the server from another."""
-    tasks = {status.value: queue.count(status) for status in Status}
-    return {"life": queue.first_version, "workers": queue.settings.max_workers, "watchers": queue.watchers,
-            "submitted": queue.submitted, "evicted": queue.evicted, "tasks": tasks}
+    return {
+        "life": queue.store.life,
+        "workers": queue.settings.max_workers,
+        "busy": queue.count(Status.RUNNING),
+        "watchers": queue.store.watchers,
+        "max_pending": queue.settings.max_pending,
+        "submitted": queue.store.submitted,
+        "evicted": queue.store.evicted,
+        "tasks": {status.value: queue.count(status) for status in Status},
+    }
 
-@router.get("/health", responses={503: {"model": dict[str, Any], "description": "The worker loop does not run"}})
+
+@router.get("/health", responses={503: {}})
 async def health(request: Request, response: Response) -> dict[str, Any]:
-    """Whether the worker loop is alive. The `pid` tells processes apart: each has a queue of its own."""
-    queue = queue_of(request)
-    response.status_code = 200 if queue.is_running else 503
-    return {"status": "healthy" if queue.is_running else "unhealthy", "pid": os.getpid(), **overview(queue)}
+    """Say whether tasks are run.
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    Each process has a queue of its own. With `--workers 2`, a task that one process has
+    taken is a 404 in the other. If this answer shows two different `pid`s, it is so.
+    """
+    queue = queue_of(request)
+    numbers = {"pid": os.getpid(), **overview(queue)}
+    if queue.is_running:
+        return {"status": "healthy", **numbers}
+    response.status_code = 503
+    return {"status": "unhealthy", **numbers}
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
-    """JSON; or the text format of Prometheus, where `Accept` asks for text/plain or application/openmetrics-text."""
-    metrics: Metrics = request.app.state.metrics
+    """Count requests and tasks.
+
+    JSON, or the text format of Prometheus if `Accept` asks for text/plain or for
+    application/openmetrics-text.
+    """
     queue = queue_of(request)
-    if "application/json" in accept or not re.search("text/plain|application/openmetrics-text", accept):
-        return JSONResponse({**metrics.as_json(), "queue": overview(queue)})
-    lines = [*metrics.as_prometheus(), "# TYPE taskqueue_tasks gauge",
-             *(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}' for status in Status),
-             "# TYPE taskqueue_submitted_total counter", f"taskqueue_submitted_total {queue.submitted}"]
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+    counted: Metrics = request.app.state.metrics
+    vary = {"Vary": "Accept"}  # a cache must not give the one for the other
+    wants_text = "text/plain" in accept or "application/openmetrics-text" in accept
+    if "application/json" in accept or not wants_text:
+        body = {**counted.as_json(), "queue": overview(queue)}
+        return JSONResponse(body, headers=vary)
+    lines = list(counted.as_prometheus())
+    lines.append("# HELP taskqueue_tasks Tasks that are kept, by status.")
+    lines.append("# TYPE taskqueue_tasks gauge")
+    for status in Status:
+        lines.append(f'taskqueue_tasks{{status="{status}"}} {queue.count(status)}')
+    text = "\n".join(lines) + "\n"
+    return PlainTextResponse(text, headers=vary, media_type="text/plain; version=0.0.4")
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> HTMLResponse:
-    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
-async def answer_queue_error(_: Request, error: Exception) -> Response:
-    status, detail = HTTP_STATUS[type(error)], str(error)  # type: ignore[index]
-    if status == 422:  # in the shape of every other 422
-        detail = [{"type": "value_error", "loc": ["header", "Idempotency-Key"], "msg": detail}]  # type: ignore
-    return JSONResponse({"detail": detail}, status, headers={"Retry-After": "1"} if status == 503 else None)
+# -- Answers that are no success ---------------------------------------------------------
 
-async def answer_invalid(_: Request, error: Exception) -> Response:
-    """422 with the place and the reason of each error, up to 20.
-    GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If that is a NaN or a lone surrogate,
-    the answer can't be encoded, and the client's mistake becomes our 500."""
-    assert isinstance(error, RequestValidationError)
-    detail = [{key: problem[key] for key in ("type", "loc", "msg")} for problem in error.errors()[:20]]
-    body = json.dumps({"detail": detail}, ensure_ascii=False).encode(errors="replace")
+
+async def answer_queue_error(request: Request, error: Exception) -> Response:
+    """Say what the queue has refused, with the status code from the table."""
+    assert isinstance(error, QueueError)
+    status = HTTP_STATUS[type(error)]
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse({"detail": str(error)}, status, headers)
+
+
+async def answer_invalid(request: Request, error: Exception) -> Response:
+    """422, with place and reason of each error; of the first 20, if there are more.
+
+    GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If
+    that is a NaN, the answer can't be encoded, and the client's mistake is our 500.
+    """
+    assert isinstance(error, RequestValidationError | ValidationError)
+    detail = []
+    for problem in error.errors()[:20]:
+        place = list(problem["loc"])
+        message = problem["msg"]
+        if isinstance(error, ValidationError):  # submit() has raised it
+            place = ["body", "payload", *place]
+        if problem["type"] == "json_invalid":
+            message = f"{message}: {problem['ctx']['error']}"
+        # GOTCHA [missing-content-type]: `curl -d` sends a form. FastAPI then takes the
+        # body for bytes: "Input should be a valid dictionary or object to extract
+        # fields from". That helps nobody.
+        if isinstance(problem.get("input"), bytes):
+            sent = request.headers.get("Content-Type", "none")
+            message = "Send JSON, with the header Content-Type: application/json"
+            message += f". The Content-Type was: {sent:.100}"
+        detail.append({"type": problem["type"], "loc": place, "msg": message})
+    # json.dumps() writes ASCII. So a lone surrogate in a field's name does no harm.
+    body = json.dumps({"detail": detail})
     return Response(body, 422, media_type="application/json")
 
-# ===== App ===================================================================================== course module 05 =====
-# Ties the sections together. The lifespan is what runs before the first request and after the last one: the place for
-# what must be made inside the event loop, and must be stopped.
 
-def create_app(settings: Settings = Settings(), handlers: Mapping[TaskType, Handler] = HANDLERS) -> FastAPI:
-    """An app with a queue of its own. The queue is made when the lifespan begins, in `app.state.queue`."""
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """As FastAPI does it, with one thing added.
 
+    If it can't read a body (no UTF-8, or a million brackets), its 400 has no reason. The
+    reason is the exception that it came from.
+    """
+    assert isinstance(error, HTTPException)
+    detail = str(error.detail)
+    if error.status_code == 400 and error.__cause__ is not None:
+        detail += f": {error.__cause__}"
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        detail += ". Send JSON in UTF-8, not compressed"
+    return JSONResponse({"detail": detail}, error.status_code, error.headers)
+
+
+# ===== App ========================================================== module 05 =======
+# The parts put together.
+
+
+async def end_watches_at_a_signal(queue: TaskQueue) -> None:
+    """Wait for a Ctrl-C or SIGTERM, and end all watches then.
+
+    GOTCHA [shutdown-order]: at Ctrl-C, uvicorn waits until all answers have ended. Only
+    then it ends the lifespan, and with it the queue. But a stream doesn't end by
+    itself. So Ctrl-C hangs: "Waiting for connections to close. (CTRL+C to force quit)".
+    So the app looks out for the signal itself, ten times a second. Each stream sends a
+    last frame, and ends. sse-starlette hooks into uvicorn's signal handler, and notes
+    there that a signal has come.
+
+    GOTCHA [whose-stop]: a signal is meant for the whole process. The end of a server by
+    its own `should_exit` is not: there can be two servers in a process. Who ends one in
+    that way (in a notebook, a fixture, by --limit-max-requests) must call
+    `queue.begin_shutdown()`. The class Server of the demo does so.
+    """
+    while not AppStatus.should_exit:
+        await asyncio.sleep(0.1)
+    queue.begin_shutdown()
+
+
+# First reading.
+def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> FastAPI:
+    """An app with a queue of its own."""
+
+    # NEW: A lifespan is what an app does before its first request and after its last.
+    # It is written as one function with a `yield` in the middle. Here belongs what must
+    # be made inside of the event loop, and must be stopped.
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        warn_of_more_processes()
-        AppStatus.should_exit = False  # of the whole process: an earlier server may have left it set
-        async with TaskQueue(settings, handlers) as app.state.queue:
-            yield
+        """Run the queue for as long as the app runs."""
+        # This flag is one for the whole process. An earlier server may have left it set.
+        AppStatus.should_exit = False
+        async with TaskQueue(settings, handlers) as queue:
+            app.state.queue = queue
+            lookout = asyncio.create_task(end_watches_at_a_signal(queue))
+            try:
+                yield
+            finally:
+                lookout.cancel()
 
-    # WHY not include_router(): a newer FastAPI matches each request twice. The price: dependency_overrides don't work.
-    app = FastAPI(title="taskqueue", summary="An async task queue, in memory", lifespan=lifespan, routes=router.routes)
+    app = FastAPI(
+        title="taskqueue",
+        summary="An async task queue, in memory",
+        lifespan=lifespan,
+        docs_url=None,  # see docs(), below the lesson
+        redoc_url=None,
+        redirect_slashes=False,  # behind a proxy, a redirect would leave its prefix
+        servers=[{"url": "."}],
+        root_path_in_servers=False,
+    )
     app.state.metrics = Metrics()
-    app.add_middleware(RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body)
+    app.include_router(router)
+    app.add_middleware(
+        RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body
+    )
     app.add_exception_handler(QueueError, answer_queue_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(ValidationError, answer_invalid)
+    app.add_exception_handler(HTTPException, answer_http_error)
     return app
 
-def warn_of_more_processes() -> None:
-    """Warn where several processes seem asked for. SIMPLIFIED: the queue lives in one; production has a broker."""
-    words = " ".join(sys.argv) + " --workers " + os.environ.get("WEB_CONCURRENCY", "1")
-    if any(int(count) > 1 for count in re.findall(r"(?:--workers|-w)[ =]?(\d+)", words)):
-        logger.warning("more than one process: each has a queue of its own, whose tasks are a 404 in the others")
 
-app = create_app()
+# ======================================================================================
+# The lesson ends here. What follows shows it at work: a live page, and a guided tour.
+# ======================================================================================
 
-# ===== Demo ===========================================================================================================
-# `python taskqueue.py` serves such an app, and then uses it as any client would: over HTTP, with httpx. Each step of
-# the tour says what it shows, and checks that it is so.
 
-@dataclass
-class Tour:
-    client: httpx.AsyncClient
-    workers: int
-    held: bool = True
+# ===== Page ===========================================================================
+# `GET /` answers with this text: one HTML page that shows the queue at work. It uses
+# the API as any client does, and it loads nothing from another host.
+#
+# WHY no `innerHTML`: what a client has sent must stay text, and never become HTML.
+# WHY "tasks", and not "/tasks": a relative address also works behind a path prefix.
+# The route puts a fresh nonce in the place of NONCE, so no other script can run.
 
-    async def run(self) -> bool:
-        """Take all steps; return whether everything held that they claim."""
-        print("\nPOST /tasks answers at once; GET /tasks/{id}/stream then follows the work, live.", flush=True)
-        task = await self.submit(TaskType.GENERATE_REPORT, max_retries=10)
-        self.check(task["status"] == "pending", "the POST is answered before the work begins")
-        task = await self.follow(task, show=True)
-        self.check(task["status"] == "completed", f"the result: {task['result']}")
-        print("\nWith more tasks than workers, the rest wait for a slot.", flush=True)
-        tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(2 * self.workers)]
-        seen = [0]
-        while (counts := (await self.call("GET", "/health"))["tasks"])["pending"] + counts["running"]:
-            seen.append(counts["running"])
-            await asyncio.sleep(0.005)
-        self.check(max(seen) == self.workers, f"of {len(tasks)} tasks, {max(seen)} ran at a time")
-        print("\nA HIGH task that comes last overtakes every LOW one that waits.", flush=True)
-        tasks = [await self.submit(TaskType.RESIZE_IMAGE, max_retries=10) for _ in range(self.workers)]
-        tasks += [await self.submit(TaskType.SEND_EMAIL, priority=priority) for priority in (10, 10, 10, 1)]
-        waited = [await self.follow(task) for task in tasks][self.workers :]
-        waited = [task for task in waited if task["started_at"] > waited[-1]["created_at"]]  # not before HIGH came
-        order = [task["priority"] for task in sorted(waited, key=lambda task: task["started_at"])]
-        self.check(len(order) > 1 and order == sorted(order), f"they were started by priority: {order}")
-        print("\nA handler that raises is tried again, after a backoff; in the end the task has failed.", flush=True)
-        task = await self.submit(TaskType.SEND_EMAIL, payload={"to": "nobody@example.invalid"}, max_retries=2)
-        task = await self.follow(task, show=True)
-        self.check((task["status"], task["attempt"]) == ("failed", 3), f"after 3 attempts: {task['error']}")
-        print("\nDELETE cancels a task that waits; with ?force=true also one that runs.", flush=True)
-        waiting = await self.submit(TaskType.SEND_EMAIL, delay=60)
-        await self.call("DELETE", f"/tasks/{waiting['id']}")
-        self.check((await self.follow(waiting))["status"] == "cancelled", "the waiting one is cancelled at once")
-        running = await self.submit(TaskType.GENERATE_REPORT, max_retries=10)
-        answer = await self.call("DELETE", f"/tasks/{running['id']}?force=true")
-        ends = answer["detail"], (await self.follow(running))["status"]
-        self.check(ends == ("Cancellation requested", "cancelled"), "the running one, once its handler lets go")
-        print("\nGET /metrics counts requests, by route and by status.", flush=True)
-        numbers = await self.call("GET", "/metrics")
-        self.check(numbers["total_requests"] > 0, f"{numbers['total_requests']}, by status {numbers['status_counts']}")
-        print("\nEvery claim held." if self.held else "\nNot every claim held.", flush=True)
-        return self.held
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>taskqueue</title>
+<style nonce="NONCE">
+  :root {
+    color-scheme: light dark;
+    --ink: light-dark(#17212d, #e8edf3);
+    --card: light-dark(#ffffff, #1b232e);
+    background: light-dark(#e3eaf1, #0e1319);
+    font: clamp(16px, 0.6vw + 9px, 28px) / 1.4 system-ui, sans-serif;
+  }
+  .HIGH { --tone: light-dark(#a6370a, #ffab6b); }
+  .MEDIUM { --tone: light-dark(#0a5bb0, #84bdff); }
+  .LOW, .cancelled { --tone: light-dark(#4d5a68, #b3bfcb); }
+  .completed, .live, .good { --tone: light-dark(#0b6e31, #62d68c); }
+  .failed, .gone, .bad { --tone: light-dark(#b3151f, #ff9393); }
+  * { box-sizing: border-box; margin: 0; padding: 0; color: var(--ink); font: inherit; }
+  body { padding: 0.6rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+  header, nav, ol, li { display: flex; flex-wrap: wrap; align-items: center; gap: 0.3rem 0.7rem; }
+  h1, h2, b, output { font-weight: 650; }
+  h2 { margin: 0.7rem 0 0.1rem; }
+  b, output, summary { color: var(--tone, var(--ink)); }
+  main > ol, form, pre, p { padding: 0.3rem 0.6rem; background: var(--card); }
+  pre { white-space: pre-wrap; }
+  button, input, select, textarea { padding: 0 0.4rem; }
+  label, .lane { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); }
+  :focus-visible { outline: 3px solid; }
+  .stale { filter: grayscale(1); opacity: 0.85; }
+  li { width: 100%; min-height: 1.8rem; }
+  li b { width: 4.8rem; }
+  li a { width: 11.5rem; }
+  progress, details { flex: 1 1 12rem; min-width: 0; accent-color: var(--tone); }
+  details:not([open]) summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  .lane ol:empty::before { content: "free"; }
+  .track { position: relative; grid-column: 2; height: 1.6rem; overflow: hidden; }
+  .bar { position: absolute; height: 1.4rem; overflow: hidden; }
+  #ready { max-height: 13rem; overflow: hidden auto; }
+  #ready li, .bar { border-radius: 0.3rem; background: var(--tone); color: var(--card); }
+  #ready li { width: auto; padding: 0 0.5rem; animation: arrive 0.6s; }
+  #ready :is(a, b) { width: auto; color: inherit; }
+  #ready :is(progress, details) { display: none; }
+  @keyframes arrive { from { transform: translateX(60vw); } }
+  @media (prefers-reduced-motion) { #ready li { animation: none; } }
+  @media (min-width: 62rem) {
+    body { display: grid; grid-template: auto auto 1fr / minmax(0, 1fr) 20rem; gap: 0 1.2rem; }
+    header { grid-column: span 2; }
+    aside { grid-area: 2 / 2 / span 2; }
+  }
+</style>
 
-    def check(self, holds: bool, claim: str) -> None:
-        self.held = self.held and holds
-        print(f"   {'✓' if holds else '✗ NOT SO:'} {claim}", flush=True)
+<header>
+  <h1>taskqueue</h1>
+  <output id="state">connecting…</output>
+  <span id="heard"></span>
+  <a href="docs">API docs</a>
+  <a href="metrics">Metrics</a>
+</header>
+<section>
+  <nav id="scenarios" aria-label="Scenarios"></nav>
+  <p id="caption" role="status">Press a button. Here it says what to watch, and what does it.</p>
+</section>
+<main>
+  <h2 id="slots-title">Slots</h2>
+  <ol id="slots"></ol>
+  <div class="lane">news <div id="news" class="track"></div></div>
+  <h2 id="ready-title">Ready heap</h2>
+  <ol id="ready"></ol>
+  <h2 id="waiting-title">Delay or backoff</h2>
+  <ol id="waiting"></ol>
+  <h2 id="finished-title">Finished</h2>
+  <ol id="finished"></ol>
+</main>
+<aside>
+  <h2>Submit a task</h2>
+  <form>
+    <label>Type <select name="task_type">TYPES</select></label>
+    <label>Priority <input name="priority" value="5" title="1 high, 5 medium, 10 low"></label>
+    <label>Retries <input name="max_retries" value="0"></label>
+    <label>Timeout <input name="timeout" value="60"></label>
+    <label>Delay <input name="delay" value="0"></label>
+    <label>Payload <textarea name="payload" rows="3">{}</textarea></label>
+    <button>Submit</button>
+  </form>
+  <h2>The last request <span id="counter"></span></h2>
+  <b id="request"></b>
+  <output id="answer"></output>
+  <pre id="details"></pre>
+  <pre id="curl"></pre>
+  <button id="copy">Copy as curl</button>
+</aside>
 
-    async def call(self, method: str, path: str, **body: Any) -> Any:
-        return (await self.client.request(method, path, json=body or None)).raise_for_status().json()
+<script nonce="NONCE">
+// EventSource in six lines. It opens one GET that does not end: the answer is a stream of frames.
+// A frame with `event: task` reaches addEventListener("task", …), and nothing else.
+// `onmessage` hears only frames without a name. With named ones it stays silent.
+// When the connection breaks, the browser opens it again by itself, after some seconds.
+// It then sends the last `id:` as Last-Event-ID, and the server goes on from there.
+// An answer 204 says that nothing more will come, and the browser stops asking.
 
-    async def submit(self, task_type: TaskType, **fields: Any) -> Any:
-        return await self.call("POST", "/tasks", task_type=task_type, **fields)
+const MINUTE = 60_000;
+const PRIORITIES = {1: "HIGH", 5: "MEDIUM", 10: "LOW"};
+const tasks = new Map();  // by id: what the server has told last
+let queue = null;  // the latest `queue` event
+let source = null;  // the EventSource
+let late = 0;  // the timer that says after two seconds that there is no connection
+let heardAt = 0;  // when there was news
+let newsBar = null;  // what the strip shows of it
+let rightAt = 0;  // when the page last knew of no more tasks than the server
 
-    async def follow(self, task: Any, show: bool = False) -> Any:
-        """Read the task's stream to its end, drawing what comes if `show`; return the task as it is then."""
-        async with self.client.stream("GET", f"/tasks/{task['id']}/stream", timeout=None) as stream:
-            async for line in stream.aiter_lines():
-                if show and line.startswith("data: "):
-                    now = json.loads(line.removeprefix("data: "))
-                    bar = "█" * (now["progress"] // 5) + "░" * (20 - now["progress"] // 5)
-                    redraw = sys.stdout.isatty() and now["status"] not in FINAL
-                    print(f"   {bar} {now['progress']:3} %, attempt {now['attempt']}, {now['status']:9}",
-                          end="\r" if redraw else "\n", flush=True)
-        return await self.call("GET", f"/tasks/{task['id']}")
+const find = (selector) => document.querySelector(selector);
+const seconds = (milliseconds) => `${(Math.max(0, milliseconds) / 1000).toFixed(1)} s`;
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const nameOf = (task) => `${task.task_type} ${task.id.slice(0, 4)}`;
+const keyOf = (task) => `${task.id} ${task.attempt}`;
+const startsAt = (task) => Date.parse(task.not_before) || 0;
+function say(selector, text) {
+  const node = find(selector);
+  if (node.textContent !== text) node.textContent = text;  // else it would be read out again
+}
+function element(tag, text = "", properties = {}) {
+  return Object.assign(document.createElement(tag), {textContent: text, ...properties});
+}
+
+// ----- What the server tells
+function connect() {
+  source?.close();
+  source = new EventSource("events");
+  tasks.clear();
+  late = setTimeout(setState, 2000, "bad", "No connection. A browser has six: close other tabs?");
+  source.onopen = () => {
+    setState("live", "● live");
+    learnOlder();
+  };
+  source.onerror = () => {
+    setState("gone", "The server is gone. This is what was. Trying again…");
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000);  // a proxy's 502
+  };
+  source.addEventListener("task", (event) => hearTask(JSON.parse(event.data)));
+  source.addEventListener("queue", (event) => hearQueue(JSON.parse(event.data)));
+  source.addEventListener("shutdown", () => {
+    setState("gone", "The server has shut down. This is what was. Waiting…");
+    source.onerror = null;
+  });
+}
+function setState(state, text) {
+  clearTimeout(late);
+  find("#state").className = state;
+  find("main").className = state === "gone" ? "stale" : "";
+  say("#state", text);
+}
+function hearTask(task) {
+  tasks.set(task.id, task);
+}
+function hearQueue(news) {
+  const now = Date.now();
+  if (queue && queue.life !== news.life) location.reload();  // the server was started again
+  if (!queue) makeSlots(news.workers);
+  queue = news;
+  if (now - heardAt > 1000) newsBar = addBar(find("#news"), "", "LOW", now);
+  newsBar.end = now;
+  heardAt = now;
+}
+// The stream begins with the latest 100 tasks. More may run or wait: the page asks for those.
+async function learnOlder() {
+  for (const status of ["running", "pending"]) {
+    const answer = await fetch(`tasks?status=${status}&limit=1000`);
+    const page = await answer.json();
+    for (const task of page.tasks) hearTask(tasks.get(task.id) ?? task);
+  }
+}
+// A browser has six connections for a server and all its tabs. A hidden page gives its own back.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) source.close();
+  else connect();
+});
+
+// ----- Slots: in each the task that runs there, and a strip of the last minute
+function makeSlots(count) {
+  for (let number = 1; number <= count; number += 1) {
+    const slot = element("li", `slot ${number}`, {className: "lane"});
+    slot.append(element("ol"), element("div", "", {className: "track"}));
+    find("#slots").append(slot);
+  }
+}
+// The server does not tell which slot a task has. The page gives it the first that is free.
+function drawSlots(running, finished, now) {
+  const slots = [...find("#slots").children];
+  const tasksIn = (slot) => running.filter((task) => keyOf(task) === slot.bar?.dataset.key);
+  for (const slot of slots) {
+    if (slot.bar?.end === Infinity && tasksIn(slot).length === 0) slot.bar.end = now;
+  }
+  for (const task of [...finished.toReversed(), ...running]) {
+    if (task.started_at && !find(`.bar[data-key="${keyOf(task)}"]`)) dealSlot(task, slots, now);
+  }
+  for (const slot of slots) arrange(slot.firstElementChild, tasksIn(slot), now);
+}
+function dealSlot(task, slots, now) {
+  const start = Date.parse(task.started_at);
+  const end = Date.parse(task.completed_at) || Infinity;  // it still runs
+  const isFreeAt = (time) => (slot) => !slot.bar || slot.bar.end <= time;
+  const slot = slots.find(isFreeAt(start)) ?? slots.find(isFreeAt(task.completed_at ? start : now));
+  if (!slot || now - end > MINUTE) return;
+  slot.bar = addBar(slot.lastElementChild, task.id.slice(0, 4), PRIORITIES[task.priority], start);
+  slot.bar.end = end;
+  slot.bar.dataset.key = keyOf(task);
+}
+function addBar(track, text, priority, start) {
+  const bar = element("span", text, {className: `bar ${priority}`, start, end: start});
+  track.append(bar);
+  return bar;
+}
+function drawBar(bar, now) {
+  const end = Math.min(bar.end, now);
+  bar.style.setProperty("left", `${100 - (100 * (now - bar.start)) / MINUTE}%`);
+  bar.style.setProperty("width", `${(100 * (end - bar.start)) / MINUTE}%`);
+  if (now - end > MINUTE) bar.remove();
+}
+
+// ----- Rows. A task has the same row in every list. The style makes a chip of it in the heap.
+function makeRow(task) {
+  const name = nameOf(task);
+  const priority = PRIORITIES[task.priority];
+  const verb = task.status === "running" ? "Stop" : "Cancel";
+  const row = element("li", "", {className: priority});
+  const details = element("details");
+  const button = element("button", verb, {value: task.id, ariaLabel: `${verb} ${name}`});
+  button.onclick = () => cancel(task.id);
+  details.append(element("summary"));
+  row.append(element("b", priority), element("a", name, {href: `tasks/${task.id}/stream`}));
+  row.append(element("progress", "", {max: 100, ariaLabel: name}), details, button);
+  row.dataset.key = keyOf(task);
+  return row;
+}
+function drawRow(row, task, now) {
+  const [, , progress, details, button] = row.children;
+  details.firstChild.textContent = describe(task, now);
+  details.firstChild.className = task.status;
+  progress.value = task.progress;
+  progress.hidden = task.status !== "running";
+  button.hidden = task.completed_at !== null;
+}
+function describe(task, now) {
+  const attempt = `attempt ${task.attempt} of ${task.max_retries + 1}`;
+  const begun = Date.parse(task.started_at ?? task.completed_at);
+  const waited = seconds(begun - Date.parse(task.created_at));
+  const ran = seconds((Date.parse(task.completed_at) || now) - begun);
+  const outcome = task.error ?? (task.status === "completed" ? JSON.stringify(task.result) : "");
+  if (task.status === "running") return `${attempt}, ${task.progress} %, ${ran}`;
+  const wait = seconds(startsAt(task) - now);
+  if (task.status === "pending") return `starts in ${wait}, ${attempt} ${outcome}`;
+  return `${task.status}, ${attempt}, waited ${waited}, ran ${ran} ${outcome}`;
+}
+// Make the rows of a list those of `wanted`, in their order. A row that stays is kept.
+function arrange(list, wanted, now) {
+  const keys = wanted.map(keyOf);
+  for (const row of [...list.children]) {
+    if (!keys.includes(row.dataset.key)) row.remove();
+  }
+  for (const [place, task] of wanted.entries()) {
+    const known = [...list.children].find((row) => row.dataset.key === keys[place]);
+    const row = known ?? makeRow(task);
+    if (list.children[place] !== row) list.insertBefore(row, list.children[place]);
+    if (!known || !task.completed_at) drawRow(row, task, now);  // what has ended stays as it is
+  }
+}
+
+// ----- Drawing: ten times a second, however many news have come
+function inTurn(a, b) {
+  if (a.priority !== b.priority) return a.priority - b.priority;
+  return a.created_at < b.created_at ? -1 : 1;
+}
+function draw() {
+  if (!queue) return;
+  const now = Date.now();
+  const focused = document.activeElement.value;
+  const all = [...tasks.values()];
+  const running = all.filter((task) => task.status === "running");
+  const pending = all.filter((task) => task.status === "pending").sort(inTurn);
+  const ready = pending.filter((task) => startsAt(task) <= now);
+  const waiting = pending.filter((task) => startsAt(task) > now);
+  const finished = all.filter((task) => task.completed_at);
+  waiting.sort((a, b) => startsAt(a) - startsAt(b));
+  finished.sort((a, b) => (a.completed_at < b.completed_at ? 1 : -1));
+  for (const task of finished.splice(50)) tasks.delete(task.id);
+  drawSlots(running, finished, now);
+  arrange(find("#ready"), ready.slice(0, 40), now);
+  arrange(find("#waiting"), waiting.slice(0, 20), now);
+  arrange(find("#finished"), finished, now);
+  for (const bar of document.querySelectorAll(".bar")) drawBar(bar, now);
+  if (document.activeElement === document.body) find(`main [value="${focused}"]`)?.focus();
+  const {tasks: counts, workers} = queue;
+  say("#heard", `last heard from the server ${seconds(now - heardAt)} ago`);
+  say("#slots-title", `Slots: ${counts.running} of ${workers} are busy`);
+  say("#ready-title", `Ready heap: ${counts.pending - waiting.length} wait, the next one first`);
+  say("#waiting-title", `Delay or backoff: ${waiting.length} wait for their time`);
+  say("#finished-title", `Finished: ${counts.completed} completed, ${counts.failed} failed`);
+  // A task may end and be evicted before its end is told. Then the page knows one too many.
+  if (running.length + pending.length <= counts.running + counts.pending) rightAt = now;
+  if (now - rightAt > 2000) connect();
+}
+
+// ----- Requests
+async function send(method, path, body) {
+  const url = new URL(path, location.href);
+  const headers = {"Content-Type": "application/json"};
+  const slow = setTimeout(say, 2000, "#answer", "No answer for two seconds…");
+  let answer = Response.error();  // until there is another: its status is 0
+  let json = {};
+  try {
+    answer = await fetch(url, {method, headers, body});
+    json = await answer.json();
+  } catch (error) {
+    json = {detail: `${error}. Is the server gone?`};
+  }
+  clearTimeout(slow);
+  const quoted = body?.replaceAll("'", "'\\''");
+  const data = body ? ` -H 'Content-Type: application/json' -d '${quoted}'` : "";
+  const lines = [...answer.headers].map((pair) => pair.join(": "));
+  find("#answer").className = answer.ok ? "good" : "bad";
+  say("#request", `${method} ${url.pathname}${url.search}`);
+  say("#curl", `curl -i -X ${method} '${url}'${data}`);
+  say("#answer", answer.status ? `${answer.status} ${answer.statusText}` : "No answer");
+  say("#details", `${lines.join("\n")}\n${JSON.stringify(json, null, 1)}`);
+  return {answer, json};
+}
+async function cancel(id) {
+  const force = tasks.get(id)?.status === "running";
+  const {answer} = await send("DELETE", `tasks/${id}?force=${force}`);
+  if (answer.status === 202) say(`[value="${id}"]`, "stopping…");  // until its handler lets go
+}
+// What was typed goes out as it is: so the API says what is wrong with it, and 1.0 stays 1.0.
+find("form").onsubmit = (event) => {
+  event.preventDefault();
+  const {task_type, ...others} = Object.fromEntries(new FormData(event.target));
+  const fields = Object.entries(others).map(([name, value]) => `"${name}": ${value}`);
+  send("POST", "tasks", `{"task_type": "${task_type}", ${fields.join(", ")}}`);
+};
+find("#copy").onclick = () => navigator.clipboard.writeText(find("#curl").textContent);
+
+// ----- Scenarios
+const image = {task_type: "resize_image"};
+const report = {task_type: "generate_report", priority: 1};
+const low = {task_type: "send_email", priority: 10};
+const high = {task_type: "send_email", priority: 1};
+const lost = {...high, max_retries: 4, payload: {to: "nobody@example.invalid"}};
+const blocker = {...image, priority: 1, payload: {block_the_loop: true}};
+async function submit(...submissions) {
+  let exchange = null;
+  for (const [place, submission] of submissions.entries()) {
+    exchange = await send("POST", "tasks", JSON.stringify(submission));
+    say("#counter", `(${place + 1} sent)`);
+    if (!exchange.answer.ok) break;
+  }
+  return exchange.json;
+}
+async function cancelReport() {
+  const {id} = await submit(report);
+  while (tasks.get(id)?.status === "pending") await pause(100);
+  await pause(1000);
+  cancel(id);
+}
+async function block() {
+  submit(image, image, blocker);
+  await pause(500);
+  send("GET", "health");
+}
+async function cancelAll() {
+  for (const task of [...tasks.values()].reverse()) {
+    if (task.status === "pending") await send("DELETE", `tasks/${task.id}`);
+  }
+}
+function addScenario(name, play, caption) {
+  const button = element("button", name);
+  button.onclick = () => {
+    say("#caption", caption);
+    play();
+  };
+  find("#scenarios").append(button);
+}
+addScenario("Burst of mixed", () => submit(...Array(6).fill([low, image, report, high]).flat()),
+  "submit() puts each into the heap. worker_loop() takes the best one when a slot is free.");
+addScenario("One HIGH behind ten LOW", () => submit(...Array(10).fill(low), high),
+  "The HIGH one comes last and starts next: worker_loop() takes a slot, then the best task.");
+addScenario("Fails and retries", () => submit(lost, ...Array(6).fill(image)),
+  "_settle() sends it back to wait out a backoff_delay(). Meanwhile others have its slot.");
+addScenario("Fill the queue", () => submit(...Array(queue.max_pending + 100).fill(low)),
+  "When no more may wait, submit() raises QueueFull: a 503 with Retry-After. No POST waits.");
+addScenario("Cancel a report", cancelReport,
+  "cancel() answers 202. Its thread goes on until its next report of progress: run_in_thread().");
+addScenario("Block the loop", block,
+  "A handler calls time.sleep(3) within _attempt(). Nobody else has a turn: no news, no answer.");
+addScenario("Cancel all that wait", cancelAll, "A DELETE for each. cancel() ends it at once.");
+
+connect();
+setInterval(draw, 100);
+</script>
+"""
+TYPES = "".join(f"<option>{task_type}</option>" for task_type in TaskType)
+PAGE = PAGE.replace("TYPES", TYPES)
+
+
+# -- The stream of all tasks -------------------------------------------------------------
+# The page lives on one stream for all tasks.
+#
+# GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections to a host. A
+# page with a stream for each row has none left for its seventh row, nor for a click.
+
+NEWS = 100  # changes that are sent at once, at most
+PIECE = 65_536  # bytes that are sent at once, at most; or one frame
+HOLD_SECONDS = 0.05  # between two batches to the same reader
+
+
+def changes_since(store: TaskStore, version: int) -> list[TaskStatus]:
+    """The tasks that have changed after that version, the oldest change first.
+
+    At most NEWS of them: ask again with the version of the last one. If `version` is
+    none of this life's, it is the latest NEWS tasks.
+    """
+    known = store.life <= version <= store.version
+    changed: list[TaskRecord] = []
+    for record in reversed(store.by_change.values()):
+        if known and record.version <= version:
+            break  # from here on, the reader knows all
+        if not known and len(changed) == NEWS:
+            break
+        changed.append(record)
+    changed.reverse()
+    return [store.snapshot(record) for record in changed[:NEWS]]
+
+
+@router.get("/events", response_class=EventSourceResponse, responses={200: STREAM})
+async def stream_events(request: Request, last_event_id: LastEventId = "") -> Response:
+    """Watch all tasks: the latest 100, then what changes.
+
+        event: task
+        id: 17
+        data: (a task, without its payload)
+
+        event: queue
+        data: {"workers": 3, "busy": 1, "tasks": {"pending": 0, "running": 1}}
+
+    This answer doesn't end. Read it with `curl -N`, and not with "Try it out".
+    """
+    queue = queue_of(request)
+    return event_stream(queue, all_frames(queue, parse_event_id(last_event_id)))
+
+
+async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
+    """The frames of the stream of all tasks, some at a time.
+
+    GOTCHA [frame-by-frame]: a generator that yields frame after frame never waits. So
+    the event loop gets no turn, and each frame is a send of its own. 200 readers, and
+    41 POSTs a second are all that is left. Here the frames of a batch are one piece.
+    After each piece others get their turn. And who has just been sent something waits a
+    moment: what changes twice in it is sent once.
+    """
+    store = queue.store
+    store.watchers += 1
+    try:
+        while True:
+            changes = changes_since(store, sent)
+            sent = store.version
+            if len(changes) == NEWS:
+                sent = changes[-1].version  # there may be more
+            piece = bytearray()
+            for task in changes:
+                frame = encode_frame("task", task.summary_json, task.version)
+                if piece and len(piece) + len(frame) > PIECE:
+                    yield bytes(piece)  # at the end of a frame: a ping may follow
+                    piece.clear()
+                    await asyncio.sleep(0)
+                piece += frame
+            piece += encode_frame("queue", json.dumps(overview(queue)))
+            yield bytes(piece)
+            await asyncio.sleep(HOLD_SECONDS)
+            while store.version == sent and not store.closed:
+                await store.news.wait()
+            if store.version == sent:
+                break
+    finally:
+        store.watchers -= 1
+    yield SHUTDOWN_FRAME
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """The live page. A nonce lets its own style and script run, and nothing else."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (
+        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+    html = PAGE.replace("NONCE", nonce)
+    return HTMLResponse(html, headers={"Content-Security-Policy": policy})
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """FastAPI's own page of the API, with relative addresses, and a word if offline."""
+    answer = get_swagger_ui_html(openapi_url="openapi.json", title="taskqueue: the API")
+    box = '<div id="swagger-ui">'
+    offline = (
+        "This page loads its scripts from the internet. If you read this, it could not."
+        ' The API is described in <a href="openapi.json">openapi.json</a>.'
+    )
+    return HTMLResponse(bytes(answer.body).decode().replace(box, box + offline))
+
+
+app = create_app()  # for `uvicorn taskqueue:app`; nothing runs before it is served
+
+
+# ===== Demo ===========================================================================
+# `python taskqueue.py` serves the app, and takes a tour of it. The tour is a client like
+# any other: what it shows comes over HTTP. Copy from it what you need.
+#
+# There are two threads. The server has the main one, because Python gives signals to
+# that one alone. The tour has the other one, and may block there as it likes.
+
+
+async def resize_that_may_block(
+    payload: ResizeImagePayload, update_progress: Reporter
+) -> Any:
+    """Resize an image. In the demo, the payload may also have one of these keys.
+
+    `{"block_the_loop": true}` shows GOTCHA [blocking-handler] live. For three seconds
+    no page, no stream and no request moves.
+
+    `{"for_the_tour": true}` never fails by chance, and is never too quick to be seen.
+    So what the tour claims holds with any `--failure-rate` and any `--pace`.
+    """
+    if payload.model_extra == {"block_the_loop": True}:
+        # The bug, on purpose. Right is `await asyncio.sleep(3)`. ruff knows it, too:
+        time.sleep(3)  # noqa: ASYNC251
+        return "the event loop stood still for 3 seconds"
+    if payload.model_extra == {"for_the_tour": True}:
+        settings = current_settings.get()
+        calm = {"failure_rate": 0.0, "pace": max(0.1, settings.pace)}
+        # Each attempt is an asyncio task, so this is set for this attempt alone.
+        current_settings.set(settings.model_copy(update=calm))
+    # By way of HANDLERS: you may have registered a handler of your own.
+    return await process_task(TaskType.RESIZE_IMAGE, payload, update_progress)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once. Into a pipe, Python would print only when it has 8 KB together."""
+    with contextlib.suppress(OSError):  # the pipe's reader has gone: `… | head -1`
+        print(text, end=end, flush=True)
+
+
+# -- The server ------------------------------------------------------------------------
+
 
 class Server(uvicorn.Server):
-    """A second Ctrl-C ends the process at once, whatever it is waiting for."""
+    """uvicorn's server, and it also ends what uvicorn alone would wait for.
+
+    What a Ctrl-C does:
+
+    1.  handle_exit() notes it. uvicorn looks at that note ten times a second.
+    2.  shutdown() says what runs and what waits, and ends all streams.
+    3.  uvicorn closes the port, and waits until each answer is sent.
+    4.  After a second, cut_off() drops the clients that have stopped reading.
+    5.  The lifespan ends: the queue gives its handlers `drain_seconds`.
+    6.  serve_and_leave() ends the process.
+
+    A second Ctrl-C ends the process at once, wherever it is. A Server that you start
+    yourself, as in a notebook, does all this but number 6.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self.app = app
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for a signal: Ctrl-C is SIGINT, and `kill` sends SIGTERM."""
+        # A second one. An exception would not do: Python waits for all threads before
+        # it ends. os._exit() asks nobody. 128 + sig is what a shell would report.
         if self.should_exit:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
-async def demo(server: Server, url: str, workers: int, tour: bool, once: bool) -> bool:
-    """Serve until Ctrl-C or, with `once`, until the end of the tour; return whether its claims held."""
-    serving = asyncio.create_task(server.serve())
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    print(f"The live page is {url}/ and the documentation of the API {url}/docs", flush=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logger.setLevel(logging.ERROR if tour else logging.INFO)  # the log would drown the tour
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        touring = asyncio.create_task(Tour(client, workers).run() if tour else asyncio.sleep(0, True))
-        while not touring.done() and not server.should_exit:
-            await asyncio.sleep(0.02)
-        interrupted = touring.cancel() or server.should_exit  # cancel() says whether there was anything to cancel
-        [held] = await asyncio.gather(touring, return_exceptions=True)
-    logger.setLevel(logging.INFO)
-    if isinstance(held, Exception) and not interrupted:
-        print(f"\nThe tour broke off: {held!r}", flush=True)
-    if not once and not interrupted:
-        print("\nServing on; Ctrl-C stops it.", flush=True)
-    while not server.should_exit:
-        server.should_exit = once or server.should_exit
-        await asyncio.sleep(0.02)
-    # uvicorn waits until every response is sent; to a client that has stopped reading, that is for ever.
-    def cut_off() -> None:
-        for connection in list(server.server_state.connections):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop serving, for whatever reason: a signal, `--once`, or `should_exit`."""
+        queue: TaskQueue = self.app.state.queue
+        if AppStatus.should_exit:  # sse-starlette's note that a signal has come
+            counts = overview(queue)["tasks"]
+            seconds = f"{queue.settings.drain_seconds:g} s"
+            text = f"{counts['running']} running get {seconds} to end"
+            say(f"\nStopping: {text}, {counts['pending']} waiting are cancelled.")
+        # First of all, because uvicorn's own shutdown waits for the streams to end.
+        queue.begin_shutdown()
+        timer = asyncio.get_running_loop().call_later(1, self.cut_off)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def cut_off(self) -> None:
+        """Drop the connections that are still open.
+
+        Their clients have stopped reading, or have sent half a request. uvicorn waits
+        for them for ever. WHY not its `timeout_graceful_shutdown`: that cancels the
+        requests, logs an ERROR, and leaves the connections open.
+        """
+        for connection in list(self.server_state.connections):
             connection.transport.abort()
-    asyncio.get_running_loop().call_later(1, cut_off)
-    await serving
-    return held is True and not interrupted
+
+
+# -- The tour --------------------------------------------------------------------------
+
+LINE_END = re.compile(r"\r\n|\n|\r(?!\Z)")  # a CR at the very end may be half a CRLF
+
+
+def read_lines(stream: httpx.Response) -> Iterator[str]:
+    """Yield the lines of a stream of Server-Sent Events.
+
+    GOTCHA [line-separators]: `stream.iter_lines()` looks made for this. But it also
+    ends a line at U+2028 and U+0085. JSON carries these as they are, and breaks in two:
+    "Unterminated string starting at". In a stream only CR, LF and CRLF end a line.
+    """
+    rest = ""
+    for text in stream.iter_text():
+        *lines, rest = LINE_END.split(rest + text)
+        yield from lines
+
+
+@dataclass
+class Tour:
+    """A guided tour over HTTP.
+
+    Each step is a method. Its docstring is printed before it: what will happen, what to
+    watch, and after an empty line a question for a class.
+    """
+
+    server: Server
+    client: httpx.Client
+    once: bool  # stop the server after the tour
+    by_hand: bool  # wait for Enter before each step
+    left: int = 1  # steps that did not hold, or not yet
+
+    def run(self) -> None:
+        """Take all steps. This is what the tour's thread does."""
+        steps = [self.watch_live, self.knock_at_the_door, self.share_the_slots]
+        steps += [self.send_it_twice, self.fail_and_retry, self.cancel, self.count]
+        self.left = len(steps)
+        for number, step in enumerate(steps, start=1):
+            self.take(f"\nStep {number} of {len(steps)}", step)
+        self.say(f"\nThe tour is over. {self.left} of its steps did not hold.")
+        self.server.should_exit = self.once
+        self.say("The server goes on, until Ctrl-C.")
+        logging.disable(logging.NOTSET)  # from here on, all is logged
+
+    def take(self, number: str, step: Callable[[], None]) -> None:
+        """Say what will happen, wait for Enter if that is wanted, and do it."""
+        coming, _, question = (inspect.getdoc(step) or "").partition("\n\n")
+        self.say(f"{number}\n{coming}")
+        if self.by_hand:
+            self.say(f"{question}  [Enter] ", end="")
+            sys.stdin.readline()
+        try:
+            step()
+            self.left -= 1
+        except httpx.HTTPStatusError:  # in follow()
+            self.say("   not shown: the task is forgotten, as --keep-finished has it")
+            self.left -= 1
+        except Exception as error:
+            self.say(textwrap.fill(f"   NOT SO: {error!r}", 79))
+
+    # -- The steps ---------------------------------------------------------------------
+
+    def watch_live(self) -> None:
+        """POST /tasks asks for an image to be resized, and is answered at once.
+        Then GET /tasks/{id}/stream tells how far the work is. Watch the bar.
+
+        predict: which status has the task in the answer to the POST?
+        """
+        answer = self.post()
+        self.check(answer.status_code == 202, f"202: it is {answer.json()['status']}")
+        task = self.follow(answer.json())
+        self.check(task["status"] == "completed", f"the result: {task['result']}")
+
+    def knock_at_the_door(self) -> None:
+        """A submission is checked at the door, before there is a task.
+        In this one `width` is the text "800", and no number. Watch the reason.
+
+        predict: is it corrected, refused now, or will the task fail later?
+        """
+        answer = self.post(payload={"width": "800"})
+        problem = answer.json()["detail"][0]
+        reason = f"{answer.status_code}, for {problem['loc']}: {problem['msg']}"
+        self.check("width" in problem["loc"], reason)
+
+    def share_the_slots(self) -> None:
+        """Concurrency and priority. MEDIUM tasks take all slots (--max-workers).
+        LOW ones come, and must wait. A HIGH one comes last.
+        Watch which one starts when a slot is given back.
+
+        predict: how many run at once? Who starts next, and who then?
+        """
+        health = self.client.get("/health").json()
+        slots = health["workers"]
+        order = [5] * min(slots, 9) + [10] * min(3, health["max_pending"] - 1) + [1]
+        *others, high = [self.post(priority=each).json() for each in order]
+        busy = self.client.get("/health").json()["busy"]
+        self.check(busy == min(slots, len(order)), f"{busy} run, in {slots} slots")
+        high, *others = [self.follow(task) for task in [high, *others]]
+        late = [task for task in others if task["started_at"] > high["created_at"]]
+        first = all(high["started_at"] <= task["started_at"] for task in late)
+        self.check(first, f"HIGH came last, and has overtaken {len(late)} LOW")
+
+    def send_it_twice(self) -> None:
+        """A client sends a task, but the answer gets lost. So the client sends it
+        again, with the same Idempotency-Key.
+
+        predict: how many tasks are there now?
+        """
+        key = {"Idempotency-Key": secrets.token_hex(8)}
+        first = self.post(headers=key).json()
+        second = self.post(headers=key).json()
+        self.check(first["id"] == second["id"], "both answers name the same task")
+        self.follow(first)
+
+    def fail_and_retry(self) -> None:
+        """A mail goes to an address that can't exist: its handler raises an error.
+        Before each retry it waits for a random time. `max_retries` is 2.
+
+        predict: how many attempts will there be?
+        """
+        nobody = {"to": "nobody@example.invalid"}
+        answer = self.post(task_type="send_email", payload=nobody, max_retries=2)
+        task = self.follow(answer.json())
+        self.check(task["attempt"] == 3, f"3 attempts, and then: {task['error']}")
+
+    def cancel(self) -> None:
+        """DELETE cancels a task that waits. One that runs is only asked to stop,
+        and only with ?force=true. Watch the status codes.
+
+        predict: what is the difference between a 200 and a 202?
+        """
+        task = self.post(delay=3600).json()
+        answer = self.client.delete(f"/tasks/{task['id']}")
+        self.check(answer.status_code == 200, "200: the waiting one is cancelled")
+        task = self.post().json()
+        self.follow(task, until="running")
+        answer = self.client.delete(f"/tasks/{task['id']}?force=true")
+        self.check(answer.status_code == 202, "202: the running one is asked to stop")
+        task = self.follow(task)
+        self.check(task["status"] == "cancelled", f"then it is {task['status']}")
+
+    def count(self) -> None:
+        """GET /metrics counts all requests: those of the tour, and those of others.
+
+        predict: which status codes will it name?
+        """
+        counts = self.client.get("/metrics").json()["status_counts"]
+        self.check(counts["422"] > 0, f"requests by status: {counts}")
+
+    # -- What the steps are made of ----------------------------------------------------
+
+    def post(self, headers: Any = None, **fields: Any) -> httpx.Response:
+        """Submit a task. By default it is one that can't fail by chance."""
+        task = {"task_type": "resize_image", "payload": {"for_the_tour": True}}
+        return self.client.post("/tasks", json={**task, **fields}, headers=headers)
+
+    def follow(self, task: Any, until: str = "") -> Any:
+        """Draw what the task's stream tells, to its end or until it has that status.
+
+        Return the task as it is then.
+        """
+        path = f"/tasks/{task['id']}"
+        # timeout=None: else httpx gives up when no frame has come for a while.
+        with self.client.stream("GET", f"{path}/stream", timeout=None) as stream:
+            for line in read_lines(stream):
+                if line.startswith("data:"):
+                    state = json.loads(line.removeprefix("data:"))
+                    last = state["status"] in {until, *FINAL}
+                    self.draw(Priority(task["priority"]), state, last)
+                    if last:
+                        break
+        return self.client.get(path).raise_for_status().json()
+
+    # -- What is printed ---------------------------------------------------------------
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print it. But once the server stops, end the tour's thread instead."""
+        if self.server.should_exit:
+            sys.exit()
+        say(text, end)
+
+    def draw(self, priority: Priority, state: Any, last: bool) -> None:
+        """Draw the bar of a task. In a terminal, the next one is drawn over it.
+
+        But each attempt keeps a line, and so does its end.
+        """
+        bar = "#" * (state["progress"] // 5)
+        text = f"{priority.name:6} [{bar:.<20}] attempt {state['attempt']}"
+        again = os.isatty(1) and state["status"] == "running" and not last
+        self.say(f"   {text}, {state['status']:9}", end="\r" if again else "\n")
+
+    def check(self, holds: bool, claim: str) -> None:
+        """Say that a claim holds, or raise an error that ends the step."""
+        if not holds:
+            raise AssertionError(claim)
+        self.say(textwrap.fill(f"   ok: {claim}", 79, subsequent_indent=" " * 7))
+
+
+async def serve_and_leave(tour: Tour, listener: socket.socket) -> None:
+    """Serve until the server is told to stop. Then end the process.
+
+    WHY not just return: Python would wait, and maybe for ever. asyncio.run() waits for
+    coroutines that ignore their cancellation, and for the threads of to_thread(). Then
+    Python waits for those of every ThreadPoolExecutor. One handler that is stuck there
+    holds up the end. All that is ours is settled by now: the streams have ended, and
+    each task is in a final state. So nothing is lost.
+    """
+    await tour.server.serve(sockets=[listener])
+    say("", end="")  # os._exit() drops what handlers have printed, unless it is flushed
+    os._exit(int(tour.once and tour.left > 0))
+
+
+# -- The start -------------------------------------------------------------------------
+
+
+def read_flags() -> tuple[argparse.Namespace, Settings]:
+    """Read the command line: some flags of the demo's own, and one for each setting."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", formatter_class=style)
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
+    parser.add_argument("--port", default=8000, type=int, help="0 takes any free one")
+    parser.add_argument("--step", action="store_true", help="wait for Enter, and ask")
+    parser.add_argument("--once", action="store_true", help="exit after the tour")
+    parser.add_argument("--no-tour", action="store_true", help="only serve")
+    for name, info in Settings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, default=info.default, help=info.description)
+    args = parser.parse_args()
+    values = {name: getattr(args, name) for name in Settings.model_fields}
+    try:
+        return args, Settings.model_validate(values)  # it makes 3 of the text "3"
+    except ValidationError as error:
+        problem = error.errors()[0]
+        parser.error(f"{problem['loc'][0]}: {problem['msg']}")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The task queue, with a guided tour.")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one (%(default)s)")
-    parser.add_argument("--once", action="store_true", help="exit after the tour: with 0 if every claim held")
-    parser.add_argument("--no-tour", action="store_true", help="only serve")
-    for knob in fields(Settings):
-        info: Any = knob.default  # Pydantic's FieldInfo
-        parser.add_argument("--" + knob.name.replace("_", "-"), type=knob.type, default=info.default,
-                            help=f"{info.description} (%(default)s)")
-    args = parser.parse_args()
+    """Start the server, and the tour beside it."""
+    args, settings = read_flags()
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    # WHY not let uvicorn take the port: nobody could ask it what port 0 became.
     try:
-        settings = Settings(**{knob.name: getattr(args, knob.name) for knob in fields(Settings)})
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        with socket.create_server((args.host, args.port), family=family) as probe:
-            host, port = probe.getsockname()[:2]
-    except ValidationError as error:
-        parser.error(str(error))
-    except (OSError, OverflowError) as error:
-        sys.exit(f"Can't listen on {args.host}:{args.port}: {error}. Does it run already? Try another --port.")
-    gc.freeze()  # WHY: the imports stay for good; a full garbage collection would walk them each time, for 10 ms
-    server = Server(uvicorn.Config(create_app(settings), host, port, log_level="warning"))
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    held = not args.once
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again, once it has stopped
-        held = asyncio.run(demo(server, url, settings.max_workers, not args.no_tour, args.once))
-    sys.exit(0 if held else 1)
+        listener = socket.create_server((args.host, args.port), family=family)
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"Can't listen on {args.host}:{args.port}: {error}. Already running?")
+    # GOTCHA [forty-milliseconds]: a socket that asyncio makes itself sends what it has at
+    # once. Ours would wait until the client has confirmed what came before. The head
+    # and the body of an answer are two such pieces, so each answer takes 40 ms more.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    handlers = {**HANDLERS, TaskType.RESIZE_IMAGE: resize_that_may_block}
+    app = create_app(settings, handlers)
+    # GOTCHA [pipelined-behind-a-stream]: if httptools is installed, uvicorn takes it.
+    # A client sends a second request behind a stream, and goes. With httptools nobody
+    # tells the stream: its watcher stays for ever. With h11 the next ping ends it.
+    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning")
+    server = Server(config, app)
+    url = httpx.URL(scheme="http", host=args.host, port=listener.getsockname()[1])
+    # GOTCHA [trust-env]: httpx obeys HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, also for
+    # 127.0.0.1. A stale one of these ends the demo.
+    client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+    tour = Tour(server, client, args.once, args.step and os.isatty(0))
+    with contextlib.suppress(KeyboardInterrupt):  # it came before the server was there
+        say(f"The live page is {url}/\nand the API is shown at {url}/docs")
+        if not args.no_tour:
+            logging.disable(logging.WARNING)  # the log would drown the tour
+            threading.Thread(target=tour.run, daemon=True).start()
+        asyncio.run(serve_and_leave(tour, listener))
+
 
 if __name__ == "__main__":
     main()
