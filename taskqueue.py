@@ -2208,15 +2208,17 @@ PAGE = r"""<!doctype html>
   h1, h2, b, output { font-weight: 650; }
   h2 { margin: 0.7rem 0 0.1rem; }
   b, output, summary { color: var(--tone, var(--ink)); }
-  main > ol, form, pre, p { padding: 0.3rem 0.6rem; background: var(--card); }
-  pre { white-space: pre-wrap; }
+  main > :not(h2), form, pre, p { padding: 0.3rem 0.6rem; background: var(--card); }
+  pre { white-space: pre-wrap; max-height: 16rem; overflow: auto; }
+  pre:empty { display: none; }
   button, input, select, textarea { padding: 0 0.4rem; }
   label, .lane { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); }
+  .lane { grid-template-columns: 3.4rem minmax(0, 1fr); }
   :focus-visible { outline: 3px solid; }
   .stale { filter: grayscale(1); opacity: 0.85; }
   li { width: 100%; min-height: 1.8rem; }
   li b { width: 4.8rem; }
-  li a { width: 11.5rem; }
+  li a { width: 11.8rem; }
   progress, details { flex: 1 1 12rem; min-width: 0; accent-color: var(--tone); }
   details:not([open]) summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   .lane ol:empty::before { content: "free"; }
@@ -2272,9 +2274,9 @@ PAGE = r"""<!doctype html>
   <h2>The last request <span id="counter"></span></h2>
   <b id="request"></b>
   <output id="answer"></output>
-  <pre id="details"></pre>
   <pre id="curl"></pre>
   <button id="copy">Copy as curl</button>
+  <pre id="details"></pre>
 </aside>
 
 <script nonce="NONCE">
@@ -2408,10 +2410,11 @@ function drawBar(bar, now) {
 function makeRow(task) {
   const name = nameOf(task);
   const priority = PRIORITIES[task.priority];
-  const verb = task.status === "running" ? "Stop" : "Cancel";
+  const runs = task.status === "running";
   const row = element("li", "", {className: priority});
   const details = element("details");
-  const button = element("button", verb, {value: task.id, ariaLabel: `${verb} ${name}`});
+  const button = element("button", runs ? "Stop" : "×", {value: task.id});
+  button.ariaLabel = `${runs ? "Stop" : "Cancel"} ${name}`;
   button.onclick = () => cancel(task.id);
   details.append(element("summary"));
   row.append(element("b", priority), element("a", name, {href: `tasks/${task.id}/stream`}));
@@ -2433,7 +2436,7 @@ function describe(task, now) {
   const waited = seconds(begun - Date.parse(task.created_at));
   const ran = seconds((Date.parse(task.completed_at) || now) - begun);
   const outcome = task.error ?? (task.status === "completed" ? JSON.stringify(task.result) : "");
-  if (task.status === "running") return `${attempt}, ${task.progress} %, ${ran}`;
+  if (task.status === "running") return `${task.progress} %, ${ran}, ${attempt}`;
   const wait = seconds(startsAt(task) - now);
   if (task.status === "pending") return `starts in ${wait}, ${attempt} ${outcome}`;
   return `${task.status}, ${attempt}, waited ${waited}, ran ${ran} ${outcome}`;
@@ -2514,7 +2517,7 @@ async function send(method, path, body) {
 async function cancel(id) {
   const force = tasks.get(id)?.status === "running";
   const {answer} = await send("DELETE", `tasks/${id}?force=${force}`);
-  if (answer.status === 202) say(`[value="${id}"]`, "stopping…");  // until its handler lets go
+  if (answer.status === 202) find(`[value="${id}"]`)?.replaceChildren("stopping…");
 }
 // What was typed goes out as it is: so the API says what is wrong with it, and 1.0 stays 1.0.
 find("form").onsubmit = (event) => {
@@ -2532,7 +2535,7 @@ const low = {task_type: "send_email", priority: 10};
 const high = {task_type: "send_email", priority: 1};
 const lost = {...high, max_retries: 4, payload: {to: "nobody@example.invalid"}};
 const blocker = {...image, priority: 1, payload: {block_the_loop: true}};
-async function submit(...submissions) {
+async function submit(submissions) {
   let exchange = null;
   for (const [place, submission] of submissions.entries()) {
     exchange = await send("POST", "tasks", JSON.stringify(submission));
@@ -2542,13 +2545,13 @@ async function submit(...submissions) {
   return exchange.json;
 }
 async function cancelReport() {
-  const {id} = await submit(report);
+  const {id} = await submit([report]);
   while (tasks.get(id)?.status === "pending") await pause(100);
   await pause(1000);
   cancel(id);
 }
 async function block() {
-  submit(image, image, blocker);
+  submit([image, image, blocker]);
   await pause(500);
   send("GET", "health");
 }
@@ -2565,13 +2568,13 @@ function addScenario(name, play, caption) {
   };
   find("#scenarios").append(button);
 }
-addScenario("Burst of mixed", () => submit(...Array(6).fill([low, image, report, high]).flat()),
+addScenario("Burst of mixed", () => submit(Array(6).fill([low, image, report, high]).flat()),
   "submit() puts each into the heap. worker_loop() takes the best one when a slot is free.");
-addScenario("One HIGH behind ten LOW", () => submit(...Array(10).fill(low), high),
+addScenario("One HIGH behind ten LOW", () => submit([...Array(10).fill(low), high]),
   "The HIGH one comes last and starts next: worker_loop() takes a slot, then the best task.");
-addScenario("Fails and retries", () => submit(lost, ...Array(6).fill(image)),
+addScenario("Fails and retries", () => submit([lost, ...Array(6).fill(image)]),
   "_settle() sends it back to wait out a backoff_delay(). Meanwhile others have its slot.");
-addScenario("Fill the queue", () => submit(...Array(queue.max_pending + 100).fill(low)),
+addScenario("Fill the queue", () => submit(Array(queue.max_pending + 100).fill(low)),
   "When no more may wait, submit() raises QueueFull: a 503 with Retry-After. No POST waits.");
 addScenario("Cancel a report", cancelReport,
   "cancel() answers 202. Its thread goes on until its next report of progress: run_in_thread().");
