@@ -56,8 +56,8 @@ the line `# First reading.` above it. Leave the rest for a second time.
     TaskSubmission · TaskStatus
     handler · process_task · run_in_thread · send_email
     TRANSITIONS · Signal · TaskRecord · TaskStore: move · changed · _watch
-    backoff_delay · TaskQueue: __aexit__ · submit · cancel · _schedule · _make_ready
-    worker_loop · _attempt · _settle
+    backoff_delay · TaskQueue: __aenter__ · submit · cancel · _schedule · _make_ready
+    worker_loop · _attempt · _interrupt · _settle · __aexit__
     RequestMiddleware
     submit_task · get_task · cancel_task · event_stream · stream_task · create_app
 
@@ -72,6 +72,7 @@ THE WORDS
     record        what the queue knows of a task (TaskRecord); it changes
     snapshot      a copy of a record at one moment (TaskStatus); it never changes
     version       the number of a change; a stream sends it as its `id:`
+    coroutine     what a call of an `async def` function returns; `await` runs it
     asyncio task  asyncio's own word for a running coroutine; never just "task" here
     lifespan      what an app does before its first request and after its last one
 
@@ -102,11 +103,11 @@ import itertools
 import json
 import logging
 import math
-import numbers
 import os
 import random
 import re
 import secrets
+import signal
 import socket
 import sysconfig
 import textwrap
@@ -119,7 +120,6 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from enum import IntEnum, StrEnum
 from types import FrameType
 from typing import Annotated, Any, Self
@@ -168,6 +168,7 @@ class Settings(BaseModel):
 
     # frozen: nobody can change a setting later, halfway through its use.
     # extra="forbid": a misspelt name is an error, and is not ignored.
+    # allow_inf_nan=False: no time can be endless, or no number at all.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_workers: int = Field(3, ge=1, le=1000, description="attempts that run at once")
@@ -274,8 +275,8 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 
     Plain JSON is an object with text keys, a list or tuple, text, a finite number,
     True, False or None. Anything else raises ValueError, and so do more than MAX_DEPTH
-    levels. The message says where: "result.rows[3] is a date, which JSON has no form
-    for".
+    levels. The message says where: "result.rows[3] is of type date, which JSON has
+    no form for".
 
     `room` is a budget of bytes. Each value takes from it, and hands on what is left:
     that is what this returns. (Text takes at least a byte for each character.)
@@ -305,23 +306,30 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
             room = check_json(item, f"{where}[{index}]", room, depth + 1)
     elif isinstance(value, str):
         room -= len(value)
-        value.encode()  # a lone surrogate, as "\ud800", is a UnicodeEncodeError
+        if room >= 0:
+            value.encode()  # UnicodeEncodeError, which is a ValueError, for "\ud800"
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{where} is {value}, and JSON has only finite numbers")
     elif isinstance(value, int):  # True and False are ints, too
-        str(value)  # Python raises ValueError for more than 4,300 digits
+        if value.bit_length() > 14_000:  # 4,200 digits: Python reads back 4,300
+            raise ValueError(f"{where} is a number of more than 4,200 digits")
     elif value is not None:
         kind = type(value).__name__
-        raise ValueError(f"{where} is a {kind}, which JSON has no form for")
+        raise ValueError(f"{where} is of type {kind}, which JSON has no form for")
     if room < 0:
-        raise ValueError(f"{where} is where it gets larger than it may be")
+        raise ValueError(f"{where:.200} goes over max_result: return a path or an id")
     return room
 
 
 def show_payloads(schema: dict[str, Any]) -> None:
     """Put the fields of all payload models into the API's documentation."""
-    schema["anyOf"] = [each.model_json_schema() for each in Payload.__subclasses__()]
+    # What a model refers to, as an enum, must be found from the top of the document.
+    here = "#/components/schemas/TaskSubmission/properties/payload/anyOf"
+    schema["anyOf"] = [
+        model.model_json_schema(ref_template=f"{here}/{number}/$defs/{{model}}")
+        for number, model in enumerate(Payload.__subclasses__())
+    ]
 
 
 # First reading.
@@ -388,7 +396,7 @@ class TaskStatus(BaseModel):
 
     # NEW: A computed field is a property that is part of the answer, too. The queue
     # keeps payload and result as JSON text, and here they are parsed when asked for.
-    # WHY text: `[[],[],[]…]` takes 64 KB as text, and 2 MB as Python lists. Nobody can
+    # WHY text: `[[],[],[]…]` takes 64 KB as text, and 1.4 MB as Python lists. Nobody can
     # change a text by accident. Each reader and each attempt gets a copy of its own.
 
     @computed_field(description="as it was sent")  # type: ignore[prop-decorator]
@@ -403,8 +411,15 @@ class TaskStatus(BaseModel):
         """None until the task is completed. It may be None then, too."""
         return json.loads(self.result_json)
 
+    def as_json(self) -> bytes:
+        """The whole answer. Payload and result are JSON text already: put in as it is."""
+        rest = self.model_dump_json(exclude={"payload", "result"}).removesuffix("}")
+        payload = b',"payload":' + self.payload_json
+        return rest.encode() + payload + b',"result":' + self.result_json + b"}"
+
     # A stream sends one of these two forms. However many clients watch a task, a form
     # is encoded once for each change: a cached_property keeps what it has returned.
+    # (frozen forbids to assign to a field. This is kept beside the fields.)
 
     @functools.cached_property
     def progress_json(self) -> str:
@@ -447,6 +462,10 @@ Handler = Callable[[Any, Reporter], Any]  # an `async def`, or a plain `def`
 Handlers = Mapping[TaskType, Handler]
 
 HANDLERS: dict[TaskType, Handler] = {}  # filled by @handler
+
+
+# What is no handler, or missing, gets its payload as a plain dict.
+ANY_PAYLOAD = TypeAdapter(dict[str, Any])
 
 
 class DoNotRetry(Exception):
@@ -525,8 +544,8 @@ async def process_task(
     The queue gives a payload that is a model already. Who calls this directly, as in a
     test, can give a dict. It is validated as if it had come as JSON.
 
-    What is returned is `finish(result)`. The queue passes encode_result as `finish`. It
-    is called where the handler has run, so a thread encodes its own result.
+    What is returned is `finish(result)`. The queue passes a function that makes JSON of
+    the result. It is called where the handler has run, so a thread does it for itself.
 
     Raises LookupError if there is no handler, ValidationError for a bad dict, and
     whatever the handler raises.
@@ -546,28 +565,29 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     """Call the function in a new thread; return what it returns, raise what it raises.
 
     Nobody can interrupt a thread. If whoever awaits this is cancelled, the thread runs
-    on, and its outcome is dropped.
+    on, and its outcome is dropped. The queue does that only at its stop.
 
     NEW: A future is a box for one outcome that comes later. There are two kinds. A
     thread may fill the one of concurrent.futures. A coroutine can await asyncio's own.
-    asyncio.wrap_future() makes the second out of the first.
+    asyncio.wrap_future() makes the second out of the first, and ties the two together:
+    a cancel of the one is a cancel of the other.
 
     GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. But its pool has only
-    min(32, CPUs + 4) threads. With 8 CPUs, 28 of 40 slots would wait. And Python waits
+    min(32, CPUs + 4) threads. With 8 CPUs, 12 of 40 slots could run. And Python waits
     for that pool when it exits: one handler that is stuck, and Ctrl-C hangs. A daemon
     thread of our own has no such limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # Mark it as running. Else a cancel of whoever awaits would cancel this one, too, and
-    # the thread could not fill it any more.
+    # This marks it as running. One that is running can't be cancelled: the thread can
+    # always fill it.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
         """All that the thread does.
 
-        An exception travels as a part of the result. asyncio's future can't hold a
-        StopIteration, and a SystemExit in it would end the server. Raised again by the
-        last lines of run_in_thread(), it is an exception of the handler like any other.
+        An exception travels as a part of the result. As an exception of the future, a
+        StopIteration would be refused by Python, and a SystemExit would end the server.
+        The last lines of run_in_thread() raise it again, in the asyncio task.
         """
         try:
             outcome.set_result((function(), None))
@@ -663,7 +683,7 @@ class TaskNotCancellable(QueueError):
 
 
 class IdempotencyKeyReused(QueueError):
-    """The key came with another submission before."""
+    """The key came with another submission before. (What that is, submit() explains.)"""
 
 
 class QueueFull(QueueError):
@@ -728,6 +748,7 @@ class TaskRecord:
     created_at: datetime
     request_id: str | None
     idempotency_key: str | None
+    fingerprint: bytes  # of its submission, to compare with one that comes again
     task_type: TaskType
     payload_json: bytes
     priority: Priority
@@ -747,16 +768,14 @@ class TaskRecord:
     news: Signal = field(default_factory=Signal)  # fires at each change
     snapshot: TaskStatus | None = None  # of this version, once somebody has looked
 
-    # While it waits.
-    ready: bool = False  # it may start: it stands in the ready heap
-
     # While an attempt runs.
     asyncio_task: "asyncio.Task[None] | None" = None
     in_thread: bool = False  # its handler is a plain `def`
     cancel_requested: bool = False
     timed_out: bool = False
 
-    timer: asyncio.TimerHandle | None = None  # end of its delay, or of its time
+    # While it waits, this fires at the end of its delay. While it runs, at its timeout.
+    timer: asyncio.TimerHandle | None = None
 
 
 Snapshots = AsyncGenerator[TaskStatus, None]
@@ -790,9 +809,8 @@ class TaskStore:
         self.by_change: dict[str, TaskRecord] = {}
         # In order of entering that status.
         self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
-        # By idempotency key, with a fingerprint of the submission that it came with.
-        self.by_key: dict[str | None, tuple[TaskRecord, bytes]] = {}
-        self._finished: deque[TaskRecord] = deque()  # the first to finish is the first
+        self.by_key: dict[str | None, TaskRecord] = {}  # by idempotency key; never None
+        self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
     # -- To read ------------------------------------------------------------------------
 
@@ -833,7 +851,7 @@ class TaskStore:
         return len(self.by_status[status])
 
     def list_tasks(
-        self, status: Status | None = None, limit: int = 100, offset: int = 0
+        self, status: Status | None, limit: int, offset: int
     ) -> tuple[list[TaskStatus], int]:
         """One page of the tasks with that status (None: all), and how many there are.
 
@@ -858,6 +876,8 @@ class TaskStore:
         self.submitted += 1
         self.by_id[record.id] = record
         self.by_status[record.status][record.id] = record
+        if record.idempotency_key is not None:
+            self.by_key[record.idempotency_key] = record
         self.changed(record)
 
     # First reading.
@@ -876,7 +896,6 @@ class TaskStore:
         del self.by_status[record.status][record.id]
         self.by_status[status][record.id] = record
         record.status = status
-        record.ready = False
         if status in FINAL:
             record.completed_at = datetime.now(UTC)
             self._finished.append(record)
@@ -922,8 +941,9 @@ class TaskStore:
     # GOTCHA [slow-reader]: the usual design gives each stream a queue, and puts every
     # change into all of them. Then a phone on a train, in a tunnel, stops reading. What
     # it doesn't read piles up in our memory. Once it is back, it gets an hour of history.
-    # Here a watcher holds one number, the last version that it has sent. It wakes up to
-    # the latest state. What came in between is skipped, and is kept nowhere.
+    # Here a watcher holds one number, the last version that it has sent. While a client
+    # doesn't read, to send to it waits, and the generator below stands at its `yield`.
+    # When it goes on, it takes the latest state. What came in between is kept nowhere.
     #
     # GOTCHA [snapshot-then-subscribe]: read the state first and subscribe then, and a
     # change between the two is lost. Subscribe first, and old events follow a newer
@@ -931,10 +951,10 @@ class TaskStore:
     # nothing new, wait. There is no await between the two, so nothing can slip in.
     #
     # NEW: `yield` in an `async def` makes an async generator. `async for` takes from it
-    # what it yields, one by one. In between it stands still. It runs no line, not even
-    # its `finally`, before somebody takes the first one.
+    # what it yields, one by one. In between, the generator stands still at its `yield`.
+    # Before somebody takes the first one, it runs no line at all, and so no `finally`.
 
-    def watch(self, task_id: str, last_event_id: int = 0) -> Snapshots:
+    def watch(self, task_id: str, last_event_id: int) -> Snapshots:
         """Iterate over the states of a task after version `last_event_id`.
 
         It ends after the final state, or when the queue stops. Raises TaskNotFound
@@ -974,11 +994,11 @@ class TaskStore:
 #
 # NEW: An asyncio task runs a coroutine beside all others. `asyncio.create_task(c)`
 # returns at once, and `c` takes its first step at the next turn. `await` a coroutine to
-# wait for it. Make a task of it if it shall run while you go on.
+# wait for it. Make an asyncio task of it if it shall run while you go on.
 #
-# WHY one loop and a semaphore, and not N workers that each take one task after another:
-# both work. With one loop there is one place where a task is chosen, and one where the
-# number of slots is kept.
+# WHY one loop with a counter of free slots, and not N workers that each take one task
+# after another? N workers are right as well. But so there is one place where a task is
+# chosen, and one where the free slots are counted.
 
 
 # First reading.
@@ -1003,39 +1023,36 @@ def whole_percent(percent: float) -> int:
     GOTCHA [rounded-progress]: `done += 100 / 7`, seven times, is 100.00000000000001.
     To refuse that fails a task whose work is done. So we round before we check.
     """
-    is_number = isinstance(percent, numbers.Real | Decimal)
-    if not is_number or isinstance(percent, bool):
-        raise ValueError(f"progress must be a number, not {percent!r:.40}")
-    try:
-        rounded = round(float(percent), 2)
-    except OverflowError:  # float() of a whole number with 400 digits
-        rounded = math.inf
+    rounded = math.nan
+    if not isinstance(percent, bool | str | bytes):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            rounded = round(float(percent), 2)
     if not 0 <= rounded <= 100:  # a NaN fails this test, too
-        raise ValueError(f"progress must be from 0 to 100, not {percent!r:.40}")
+        text = f"progress must be a number from 0 to 100, not {percent!r:.40}"
+        raise ValueError(text)
     return int(rounded)
 
 
 def encode_result(result: Any, max_bytes: int) -> bytes:
     """A result as JSON text. Raises BadResult if it is not plain JSON, or too large.
 
-    GOTCHA [unbounded-result]: a handler returns 50 MB. It is encoded on the event loop,
-    kept with its task, and copied for each slow reader. Return a reference instead: a
+    GOTCHA [unbounded-result]: a handler returns 50 MB. They are encoded, in one step of
+    the event loop, kept with the task, and copied for each slow reader. Return a reference instead: a
     path, an id, an address. The check ends as soon as the limit is passed.
     """
     try:
         check_json(result, "result", room=max_bytes)
-        encoded = to_json(result)
-    except (ValueError, RecursionError) as error:
-        raise BadResult(f"{error} (max_result is {max_bytes} bytes)") from None
+    except ValueError as error:
+        raise BadResult(str(error)) from None
+    encoded = to_json(result)
     if len(encoded) > max_bytes:
-        raise BadResult(f"more than {max_bytes} bytes of JSON: return a path or an id")
+        raise BadResult(
+            f"more than max_result ({max_bytes} bytes): return a path or an id"
+        )
     return encoded
 
 
-AROUND_HANDLERS = {
-    *("_attempt", "_run_handler", "process_task", "run_in_thread", "work", "<lambda>"),
-    *("update_progress", "whole_percent", "encode_result", "check_json"),
-}
+# Where installed code stands. describe() looks for lines that stand elsewhere.
 LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
 
 
@@ -1046,17 +1063,21 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
     makes sense. Nothing can be relied on here: an exception's own `__str__` can raise,
     and so can the `__name__` of its class. An attempt must be settled all the same.
     """
+    text = f"{type.__repr__(type(error))}, which can't be shown"
+    report = ""
+    retry = True
     try:
         leaves = list(find_leaves(error))
-        text = "; ".join(describe(leaf) for leaf in leaves[:5])
-        report = "".join(traceback.format_exception(error))[-10_000:]
         retry = not any(isinstance(leaf, DoNotRetry) for leaf in leaves)
-        return text.encode(errors="backslashreplace").decode(), report, retry
+        text = "; ".join(describe(leaf) for leaf in leaves[:5])
+        text = text.encode(errors="backslashreplace").decode()
+        report = "".join(traceback.format_exception(error))[-10_000:]
     except BaseException:
-        return f"{type.__repr__(type(error))}, which can't be shown", "", True
+        report = "An exception of the exception itself keeps its traceback from us."
     finally:
         with contextlib.suppress(BaseException):
             forget_frames(error)
+    return text, report, retry
 
 
 def find_leaves(error: BaseException) -> Iterator[BaseException]:
@@ -1075,19 +1096,23 @@ def find_leaves(error: BaseException) -> Iterator[BaseException]:
 def describe(error: BaseException) -> str:
     """For example "ConnectionError: no route (mail.py:12 in send)".
 
-    The place is the innermost line that belongs to the handler: it stands in no
-    library, and in none of the functions around it.
+    The place is the innermost line of yours: in no library, and not in this file. For a
+    handler that stands in this file it is the innermost line here.
     """
-    place = ""
     this_file = describe.__code__.co_filename
+    here = ""
+    yours = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = frame.f_code.co_filename
-        name = frame.f_code.co_name
-        is_ours = path == this_file and name in AROUND_HANDLERS
-        if not is_ours and not path.startswith(LIBRARIES):
-            place = f" ({os.path.basename(path)}:{line} in {name})"
+        place = f" ({os.path.basename(path)}:{line} in {frame.f_code.co_name})"
+        if path == this_file:
+            here = place
+        elif not path.startswith(LIBRARIES):
+            yours = place
+    if isinstance(error, BadResult):
+        here = ""  # it was raised after the handler had returned
     text = f"{type(error).__name__}: {error}"[:500]  # cut it, but never the place
-    return text.removesuffix(": ") + place
+    return text.removesuffix(": ") + (yours or here)
 
 
 def printable(text: str) -> str:
@@ -1097,6 +1122,12 @@ def printable(text: str) -> str:
     line that looks like one of ours. Escaped, it stays inside of its own line.
     """
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def indent(report: str) -> str:
+    """A traceback for the log. Each of its lines begins with a bar, so that none can
+    pass for a line of the log itself."""
+    return "".join(f"\n    | {printable(line)}" for line in report.splitlines())
 
 
 def forget_frames(error: BaseException) -> None:
@@ -1114,7 +1145,7 @@ def forget_frames(error: BaseException) -> None:
         if each is None or id(each) in seen:
             continue
         seen.add(id(each))
-        each.__traceback__ = None
+        BaseException.with_traceback(each, None)  # also if `each` is frozen
         todo += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             todo += each.exceptions
@@ -1140,20 +1171,16 @@ class TaskQueue:
     ) -> None:
         self.settings = settings
         self.handlers = handlers
-        self.store = store = TaskStore(settings)
-        # Whoever reads the books asks the store directly. These are shortcuts to it.
-        self.get_task = store.get_task
-        self.list_tasks = store.list_tasks
-        self.count = store.count
-        self.watch = store.watch
-        self._payload_types = {each: TypeAdapter[Any](Payload) for each in TaskType}
+        self.store = TaskStore(settings)
+        self._payload_types: dict[TaskType, TypeAdapter[Any]] = {}
         for task_type, function in handlers.items():
-            # What is no handler fails its tasks with a TypeError, when it is called.
+            # If it is no handler, process_task() raises the same error: the task fails.
             with contextlib.suppress(TypeError):
                 self._payload_types[task_type] = payload_type(function)
 
     # -- To start it ---------------------------------------------------------------------
 
+    # First reading.
     async def __aenter__(self) -> Self:
         """Start the worker loop."""
         self.store.loop = asyncio.get_running_loop()
@@ -1189,12 +1216,13 @@ class TaskQueue:
         return self.store.loop is not None and not self._worker.done()
 
     def _report_death(self, worker: "asyncio.Task[None]") -> None:
-        """Log the exception that has ended the worker loop, if there is one.
+        """Log the exception that has ended the worker loop, and end all watches.
 
         Nobody awaits the loop. Without this, its exception shows up late or never:
         "Task exception was never retrieved".
         """
         if not worker.cancelled() and worker.exception() is not None:
+            self.begin_shutdown()
             message = "the worker loop has died: no task will run"
             logger.critical(message, exc_info=worker.exception())
 
@@ -1221,21 +1249,23 @@ class TaskQueue:
         """
         self.store.check_caller()
         payload_json = to_json(submission.payload)
-        self._payload_types[submission.task_type].validate_json(payload_json)
+        adapter = self._payload_types.get(submission.task_type, ANY_PAYLOAD)
+        adapter.validate_json(payload_json)
 
-        if idempotency_key in self.store.by_key:
-            record, fingerprint = self.store.by_key[idempotency_key]
-            if fingerprint != self._fingerprint(submission):
-                raise IdempotencyKeyReused("This key came with another submission")
-            return TaskStatus.model_validate(record)
+        fingerprint = self._fingerprint(submission, idempotency_key)
+        earlier = self.store.by_key.get(idempotency_key)
+        if earlier is not None and earlier.fingerprint != fingerprint:
+            raise IdempotencyKeyReused("This key came with another submission")
+        if earlier is not None:
+            return TaskStatus.model_validate(earlier)
 
         # GOTCHA [await-put]: with a bounded asyncio.Queue one writes `await put(task)`.
         # It waits until there is room, and the client waits with it. To them the server
         # hangs. So they try again, and make it worse. Say no, and say it at once.
         # There is no await between this check and add(): nobody can take the last place.
         if not self.is_running or self.store.closed:
-            raise QueueStopped("The queue is not running, and takes no tasks")
-        if self.store.count(Status.PENDING) >= self.settings.max_pending:
+            raise QueueStopped("The queue takes no tasks now: it is not running")
+        if self.count(Status.PENDING) >= self.settings.max_pending:
             raise QueueFull(f"{self.settings.max_pending} tasks are waiting already")
 
         record = TaskRecord(
@@ -1244,6 +1274,7 @@ class TaskQueue:
             created_at=datetime.now(UTC),
             request_id=request_id,
             idempotency_key=idempotency_key,
+            fingerprint=fingerprint,
             payload_json=payload_json,
             task_type=submission.task_type,
             priority=submission.priority,
@@ -1252,15 +1283,16 @@ class TaskQueue:
         )
         self.store.add(record)
         self._schedule(record, submission.delay)
-        if idempotency_key is not None:
-            self.store.by_key[idempotency_key] = record, self._fingerprint(submission)
         return TaskStatus.model_validate(record)
 
-    def _fingerprint(self, submission: TaskSubmission) -> bytes:
+    def _fingerprint(self, submission: TaskSubmission, key: str | None) -> bytes:
         """32 bytes that are the same for the same submission, and for no other.
 
-        sort_keys: {"a": 1, "b": 2} and {"b": 2, "a": 1} are the same JSON object.
+        Without a key nobody asks for them. sort_keys: {"a": 1, "b": 2} and
+        {"b": 2, "a": 1} are the same JSON object.
         """
+        if key is None:
+            return b""
         text = json.dumps(submission.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
 
@@ -1284,15 +1316,37 @@ class TaskQueue:
             raise TaskNotCancellable(f"The task is {record.status}: {reason}")
         return TaskStatus.model_validate(record)
 
-    async def join(self) -> None:
-        """Wait until no task waits and none runs.
+    # To read the books, the store alone is asked. Its methods say more.
 
-        A delayed task waits, too. WHY not `PriorityQueue.join()`: that one counts
-        task_done() calls. One that is forgotten, or one for a cancelled task, and it
-        hangs for ever, or raises "task_done() called too many times".
+    def get_task(self, task_id: str) -> TaskStatus:
+        """The task as it is now. Raises TaskNotFound."""
+        return self.store.get_task(task_id)
+
+    def list_tasks(
+        self, status: Status | None = None, limit: int = 100, offset: int = 0
+    ) -> tuple[list[TaskStatus], int]:
+        """One page of the tasks, newest first, and how many there are."""
+        return self.store.list_tasks(status, limit, offset)
+
+    def count(self, status: Status) -> int:
+        """How many tasks have that status."""
+        return self.store.count(status)
+
+    def watch(self, task_id: str, last_event_id: int = 0) -> Snapshots:
+        """Iterate over the states of a task. Raises TaskNotFound."""
+        return self.store.watch(task_id, last_event_id)
+
+    async def join(self) -> None:
+        """Wait until no task waits and none runs. Raises RuntimeError if none can run.
+
+        A delayed task waits, too. WHY not `PriorityQueue.join()`: that one counts calls
+        of task_done(). If one is forgotten, it hangs for ever. If there is one too many,
+        as for a cancelled task, "task_done() called too many times" is raised.
         """
         self.store.check_caller()
         while self.count(Status.PENDING) + self.count(Status.RUNNING) > 0:
+            if self._worker.done() and not self._worker.cancelled():
+                raise RuntimeError("the worker loop has died")
             await self.store.news.wait()
 
     # -- To start a task ----------------------------------------------------------------
@@ -1334,25 +1388,22 @@ class TaskQueue:
         GOTCHA [retry-keeps-priority]: a retry that takes a new number stands behind
         all that came since. Its old number gives it its old place.
         """
-        record.ready = True
         self._heap.put_nowait((record.priority, record.sequence, record))
 
     def _sweep(self) -> None:
-        """Make the heap anew if most of its entries are dead.
+        """Throw the dead entries out of the heap, if most are dead.
 
         GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
         entry of a cancelled task stays until worker_loop takes it out and drops it.
         But while all slots are taken, it takes out nothing. Clients that submit and
-        cancel all day then fill the memory. So the heap is swept once two thirds of it
-        are dead. (100: not for a few.) worker_loop can't be waiting on the old heap
-        then. It waits on an empty one, and this one is full.
+        cancel all day then fill the memory. So once two thirds of the heap are dead,
+        all is taken out, and what still waits is put back. (100: not for a few.)
         """
-        waiting = self.store.by_status[Status.PENDING].values()
-        if self._heap.qsize() > 100 + 2 * len(waiting):
-            self._heap = asyncio.PriorityQueue()
-            for record in waiting:
-                if record.ready:
-                    self._make_ready(record)
+        size = self._heap.qsize()
+        if size > 100 + 2 * self.store.count(Status.PENDING):
+            for entry in [self._heap.get_nowait() for _ in range(size)]:
+                if entry[2].status is Status.PENDING:
+                    self._heap.put_nowait(entry)
 
     # First reading.
     async def worker_loop(self) -> None:
@@ -1368,9 +1419,8 @@ class TaskQueue:
         while True:
             await self._slots.acquire()
             _, _, record = await self._heap.get()
-            while not record.ready:  # it was cancelled, and its entry is dead
+            while record.status is not Status.PENDING:  # cancelled: a dead entry
                 _, _, record = await self._heap.get()
-            record.ready = False
             # Its first step is due, so the event loop has a strong reference to it. In
             # that step the attempt notes itself in the record.
             asyncio.create_task(self._attempt(record))
@@ -1387,8 +1437,9 @@ class TaskQueue:
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
         first step runs none of its code, and no `finally`. If worker_loop marked the
         task as `running`, such a cancel would leave it `running` for ever, and its slot
-        would be lost. Here nobody can do that. Until the first step a cancel() moves
-        the task from `pending` to `cancelled`, and the first lines see that.
+        would be lost. Here nobody can: until its first step, the asyncio task stands in
+        no attribute, so nobody has it to cancel. A cancel() just moves the task from
+        `pending` to `cancelled`, and the first lines here see that.
 
         GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
         nobody records the end of the task. It also misses SystemExit, which asyncio
@@ -1408,7 +1459,8 @@ class TaskQueue:
             result_json = await self._run_handler(record)
         except BaseException as exception:
             error, report, retry = explain(exception)
-        self._slots.release()  # first of all, so that nothing below can lose the slot
+        finally:
+            self._slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
         self._log(record, report)
@@ -1425,13 +1477,15 @@ class TaskQueue:
         function = self.handlers.get(record.task_type)
         record.in_thread = function is not None and not is_async(function)
         self.store.move(record, Status.RUNNING)
-        loop = asyncio.get_running_loop()  # after move(), which stops the old timer
+        # After move(), which stops the old timer. It needs no empty context: it keeps that
+        # of the attempt, which lasts as long.
+        loop = asyncio.get_running_loop()
         record.timer = loop.call_later(record.timeout, self._time_out, record)
 
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
-        payload_type = self._payload_types[record.task_type]
-        payload = payload_type.validate_json(record.payload_json)
+        adapter = self._payload_types.get(record.task_type, ANY_PAYLOAD)
+        payload = adapter.validate_json(record.payload_json)
         update_progress = self._make_update_progress(record)
         finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
         result_json: bytes = await process_task(
@@ -1462,6 +1516,8 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
+            # A next attempt would reset these two. But it can't begin before this
+            # thread has ended.
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1480,7 +1536,10 @@ class TaskQueue:
         return update_progress
 
     def _note_progress(self, record: TaskRecord, attempt: int, progress: int) -> None:
-        """Note how far an attempt is. It never goes back, and an end is an end."""
+        """Note how far an attempt is. It never goes back, and an end is an end.
+
+        A report can come late: from something that a handler has left running.
+        """
         current = record.status is Status.RUNNING and record.attempt == attempt
         if current and progress > record.progress:
             record.progress = progress
@@ -1493,8 +1552,9 @@ class TaskQueue:
         record.timed_out = True
         self._interrupt(record)
 
+    # First reading.
     def _interrupt(self, record: TaskRecord) -> None:
-        """Ask the handler that runs to stop. When it has, _settle() says what becomes.
+        """Ask the handler that runs to stop. _settle() decides what becomes of its task.
 
         NEW: `asyncio_task.cancel()` raises CancelledError inside the coroutine, at the
         `await` where it waits. It is a request: the coroutine can clean up first, or
@@ -1528,11 +1588,11 @@ class TaskQueue:
         """
         record.asyncio_task = None
         if record.status is not Status.RUNNING:
-            return  # left behind by a stop, which has ended it already
+            return  # left behind by a stop, which has ended it: see _cancel_all()
         if record.cancel_requested:
             self.store.move(record, Status.CANCELLED)
             return
-        if record.timed_out:
+        if record.timed_out:  # whatever it has raised, or returned
             error = f"TimeoutError: no result within {record.timeout:g} s"
             retry = True
         record.error = error
@@ -1547,17 +1607,12 @@ class TaskQueue:
             self.store.move(record, Status.FAILED)
 
     def _log(self, record: TaskRecord, report: str) -> None:
-        """Write how an attempt has ended; if it has failed, with its traceback.
-
-        The traceback has many lines. Each begins with a bar, so that none can pass for
-        a line of the log itself.
-        """
+        """Write how an attempt has ended; if it has failed, with its traceback."""
         outcome: str = record.status
         level = logging.INFO
         if record.error is not None:
             level = logging.WARNING
-            lines = [f"{outcome}, {record.error}", *report.splitlines()]
-            outcome = "\n    | ".join(printable(line) for line in lines)
+            outcome += f", {printable(record.error)}{indent(report)}"
         text = "[%s] task %s (%s) attempt %d: %s"
         ids = (record.request_id, record.id, record.task_type, record.attempt)
         logger.log(level, text, *ids, outcome)
@@ -1592,7 +1647,7 @@ class TaskQueue:
         try:
             await self._wait_for_attempts(self.settings.drain_seconds)
         finally:
-            # This only asks: no task leaves `running`, and the dict, before we wait.
+            # To ask changes no status. So nothing is taken out of this dict meanwhile.
             for record in self.store.by_status[Status.RUNNING].values():
                 record.cancel_requested = True
                 self._interrupt(record)
@@ -1603,7 +1658,11 @@ class TaskQueue:
                 self._cancel_all(Status.PENDING)  # came back for a retry meanwhile
 
     async def _wait_for_attempts(self, seconds: float) -> None:
-        """Wait until the worker loop has ended, and all attempts, but not longer."""
+        """Wait until the worker loop and all attempts have ended, but not longer.
+
+        NEW: asyncio.wait() waits for some asyncio tasks until the time is up. It cancels
+        none of them, and raises none of their exceptions.
+        """
         running = self.store.by_status[Status.RUNNING].values()
         attempts = [record.asyncio_task for record in running if record.asyncio_task]
         await asyncio.wait([self._worker, *attempts], timeout=seconds)
@@ -1611,7 +1670,8 @@ class TaskQueue:
     def _cancel_all(self, status: Status) -> None:
         """End all tasks of this status as cancelled.
 
-        A handler that runs is asked a last time to stop, and nobody waits for it.
+        A handler that runs is asked a last time to stop. Nobody waits for it any more,
+        nor for its thread.
         """
         records = list(self.store.by_status[status].values())
         for record in records:
@@ -1639,9 +1699,9 @@ class TaskQueue:
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write. But
 # it runs the rest of the app in a second asyncio task, and hands each piece of the
 # answer from that one to this. So a context variable that a route sets is unknown here:
-# it was set in the other task. Each frame of a stream makes a detour. And when a client
-# hangs up, there are two asyncio tasks to stop in the right order, where a plain ASGI
-# class, as below, has none of its own.
+# it was set in the other asyncio task. Each frame of a stream makes a detour. And when
+# a client hangs up, two asyncio tasks must be stopped in the right order. A plain ASGI
+# class, as below, starts no asyncio task at all.
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -1720,7 +1780,7 @@ class RequestMiddleware:
             message = await receive()
             body_size += len(message.get("body", b""))
             # FastAPI is reading the body just now, and makes a 413 of this exception. If
-            # the answer has begun, nobody reads it any more.
+            # the answer has begun, it is too late for a 413.
             if body_size > self.max_body and not answer_started:
                 raise HTTPException(413, f"The body has over {self.max_body} bytes")
             return message
@@ -1744,15 +1804,17 @@ class RequestMiddleware:
         except SendTimeoutError:
             # Our part has ended: the generator is closed, and nothing of it is kept.
             # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
-            # until the client reads on or hangs up. A proxy in front would hang up.
+            # until the client reads on or hangs up. A proxy in front would hang up. And
+            # uvicorn logs "ASGI callable returned without completing response."
             logger.warning("[%s] a reader has stopped reading: dropped", request_id)
-        except Exception:
+        except Exception as error:
             # GOTCHA [unhandled-is-500]: the 500 for an unhandled exception is made by
             # Starlette's outermost layer. That is outside of this one: no id, not in
             # the metrics. So we make it here, unless the answer has begun already.
             if answer_started:
                 raise
-            logger.exception("[%s] unhandled exception", request_id)
+            _, report, _ = explain(error)
+            logger.error("[%s] unhandled exception%s", request_id, indent(report))
             answer = JSONResponse({"detail": "Internal Server Error"}, 500)
             await answer(scope, receive, send_with_id)
 
@@ -1804,7 +1866,7 @@ class Problem(BaseModel):
     detail: str
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def no_success(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What else a route may answer, for the API's documentation."""
     return {status: {"model": Problem} for status in statuses}
 
@@ -1820,7 +1882,7 @@ def queue_of(request: Request) -> TaskQueue:
 
 
 # First reading.
-@router.post("/tasks", status_code=202, responses=problems(400, 413, 503))
+@router.post("/tasks", status_code=202, responses=no_success(400, 413, 503))
 async def submit_task(
     submission: TaskSubmission,
     request: Request,
@@ -1832,38 +1894,47 @@ async def submit_task(
     With an `Idempotency-Key`, a repeated request gets the task of the first one.
     """
     request_id = request.state.request_id
-    task = queue_of(request).submit(submission, request_id, idempotency_key)
+    try:
+        task = queue_of(request).submit(submission, request_id, idempotency_key)
+    except ValidationError as error:  # the payload doesn't fit its handler's model
+        problems = error.errors()
+        for problem in problems:
+            problem["loc"] = ("body", "payload", *problem["loc"])
+        raise RequestValidationError(problems) from None
     root_path = request.scope.get("root_path", "")  # the prefix of a proxy or a mount
     response.headers["Location"] = f"{root_path}/tasks/{task.id}"
     return task
 
 
-@router.get("/tasks")
+@router.get("/tasks", response_model=TaskList)
 async def list_tasks(
     request: Request,
     status: Status | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int, Query(ge=0)] = 0,
-) -> TaskList:
+) -> Response:
     """List the tasks, newest first, a page at a time.
 
-    A task has its whole payload here. 100 tasks of 64 KB take some tenths of a second,
-    and in that time nobody else is served. If yours are large, ask for fewer (`limit`),
-    or allow less (`max_body`).
+    A task has its whole payload here. A page of 1,000 large ones is 64 MB, and takes
+    some tenths of a second. If yours are large, ask for fewer: `limit`.
     """
+    # Returned as a model, each payload would be parsed and encoded again. A hundred
+    # large ones take a second, and in that time nobody else is served.
     tasks, total = queue_of(request).list_tasks(status, limit, offset)
-    return TaskList(tasks=tasks, total=total)
+    pieces = b",".join(task.as_json() for task in tasks)
+    body = b'{"tasks":[%b],"total":%d}' % (pieces, total)
+    return Response(body, media_type="application/json")
 
 
 # First reading.
-@router.get("/tasks/{task_id}", responses=problems(404))
+@router.get("/tasks/{task_id}", responses=no_success(404))
 async def get_task(task_id: str, request: Request) -> TaskStatus:
     """Show one task, in whatever state it is."""
     return queue_of(request).get_task(task_id)
 
 
 # First reading.
-@router.delete("/tasks/{task_id}", responses={202: {}, **problems(404, 409)})
+@router.delete("/tasks/{task_id}", responses={202: {}, **no_success(404, 409)})
 async def cancel_task(
     task_id: str, request: Request, response: Response, force: bool = False
 ) -> dict[str, str]:
@@ -1895,9 +1966,8 @@ async def cancel_task(
 LastEventId = Annotated[str, Header(description="resume after this `id:`")]
 
 
-STREAM: dict[str, Any] = {
-    "content": {"text/event-stream": {}}
-}  # for the API's documentation
+# What a stream is, for the API's documentation.
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 def parse_event_id(text: str) -> int:
@@ -1931,14 +2001,14 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     A ping keeps the connection open when there is no news. A reader that has not read
     for `send_timeout` seconds is dropped, with what it holds.
 
-    sse-starlette would cut the streams off when a server of this process stops. The
-    endless grace period keeps it from that. Ours end by themselves: see
-    end_watches_at_a_signal(), in the next section.
+    When the process is told to stop, sse-starlette cuts each stream off after a grace
+    period. Ours is endless, because our streams end by themselves as soon as the queue
+    is closed.
     """
     return EventSourceResponse(
         frames,
         ping=queue.settings.ping_seconds,
-        sep="\n",
+        sep="\n",  # how a line of a ping ends
         send_timeout=queue.settings.send_timeout,
         shutdown_grace_period=math.inf,
     )
@@ -1948,7 +2018,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
 @router.get(
     "/tasks/{task_id}/stream",
     response_class=EventSourceResponse,
-    responses={200: STREAM, 204: {}, **problems(404)},
+    responses={200: STREAM, 204: {}, **no_success(404)},
 )
 async def stream_task(
     task_id: str, request: Request, last_event_id: LastEventId = ""
@@ -1965,8 +2035,8 @@ async def stream_task(
     queue = queue_of(request)
     sent = parse_event_id(last_event_id)
     # GOTCHA [404-after-200]: an error that is raised inside of the generator comes
-    # after the status line. The client has a 200, and then a broken stream: "Expected
-    # 'http.response.body', but got 'http.response.start'". Look the task up out here.
+    # after the status line. The client has a 200, and then a broken stream. The log has
+    # "Caught handled exception, but response already started." Look it up out here.
     task = queue.get_task(task_id)
     # GOTCHA [reconnect-for-ever]: EventSource takes the end of a stream for a lost
     # connection, and comes back, again and again. A 204 tells it to stop (HTML
@@ -1980,9 +2050,9 @@ async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     """The frames of one task's stream.
 
     NEW: A client may hang up while this generator stands at its `yield`. Then it is
-    closed: Python raises GeneratorExit there. That doesn't close the generator that it
-    reads from. aclosing() does, at the end of its block. So the `finally` in _watch()
-    runs at once.
+    closed: Python raises GeneratorExit there. That doesn't close `states`, from which
+    it reads. aclosing() does, at the end of its block. So the `finally` in _watch() runs
+    at once.
     """
     ended = False
     async with contextlib.aclosing(states):
@@ -2018,11 +2088,11 @@ async def health(request: Request, response: Response) -> dict[str, Any]:
     taken is a 404 in the other. If this answer shows two different `pid`s, it is so.
     """
     queue = queue_of(request)
-    numbers = {"pid": os.getpid(), **overview(queue)}
-    if queue.is_running:
-        return {"status": "healthy", **numbers}
-    response.status_code = 503
-    return {"status": "unhealthy", **numbers}
+    answer = {"status": "healthy", "pid": os.getpid(), **overview(queue)}
+    if not queue.is_running:
+        answer["status"] = "unhealthy"
+        response.status_code = 503
+    return answer
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
@@ -2067,13 +2137,10 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If
     that is a NaN, the answer can't be encoded, and the client's mistake is our 500.
     """
-    assert isinstance(error, RequestValidationError | ValidationError)
+    assert isinstance(error, RequestValidationError)
     detail = []
     for problem in error.errors()[:20]:
-        place = list(problem["loc"])
         message = problem["msg"]
-        if isinstance(error, ValidationError):  # submit() has raised it
-            place = ["body", "payload", *place]
         if problem["type"] == "json_invalid":
             message = f"{message}: {problem['ctx']['error']}"
         # GOTCHA [missing-content-type]: `curl -d` sends a form. FastAPI then takes the
@@ -2083,7 +2150,7 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
             sent = request.headers.get("Content-Type", "none")
             message = "Send JSON, with the header Content-Type: application/json"
             message += f". The Content-Type was: {sent:.100}"
-        detail.append({"type": problem["type"], "loc": place, "msg": message})
+        detail.append({"type": problem["type"], "loc": problem["loc"], "msg": message})
     # json.dumps() writes ASCII. So a lone surrogate in a field's name does no harm.
     body = json.dumps({"detail": detail})
     return Response(body, 422, media_type="application/json")
@@ -2108,6 +2175,21 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 # The parts put together.
 
 
+def hear_signals() -> None:
+    """See to it that sse-starlette learns of a Ctrl-C or SIGTERM.
+
+    When it is imported, it replaces the method `handle_exit` of uvicorn's Server by one
+    of its own. With `--reload` or `--workers`, uvicorn has registered the old method by
+    then. So the new one is registered here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python gives signals to the main thread alone
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(server, uvicorn.Server):
+            signal.signal(number, server.handle_exit)
+
+
 async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     """Wait for a Ctrl-C or SIGTERM, and end all watches then.
 
@@ -2115,12 +2197,13 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     then it ends the lifespan, and with it the queue. But a stream doesn't end by
     itself. So Ctrl-C hangs: "Waiting for connections to close. (CTRL+C to force quit)".
     So the app looks out for the signal itself, ten times a second. Each stream sends a
-    last frame, and ends. sse-starlette hooks into uvicorn's signal handler, and notes
-    there that a signal has come.
+    last frame, and ends. That a signal has come, sse-starlette notes in
+    AppStatus.should_exit. This is one flag for the whole process.
 
-    GOTCHA [whose-stop]: a signal is meant for the whole process. The end of a server by
-    its own `should_exit` is not: there can be two servers in a process. Who ends one in
-    that way (in a notebook, a fixture, by --limit-max-requests) must call
+    GOTCHA [whose-stop]: a signal is meant for the whole process. But a server can also
+    be ended alone, in a notebook, by a fixture, or by --limit-max-requests. uvicorn has
+    a flag for that on each server, which is called `should_exit`, too. Another server
+    in the process must not be touched then. So who ends a server in that way must call
     `queue.begin_shutdown()`. The class Server of the demo does so.
     """
     while not AppStatus.should_exit:
@@ -2140,6 +2223,7 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
         """Run the queue for as long as the app runs."""
         # This flag is one for the whole process. An earlier server may have left it set.
         AppStatus.should_exit = False
+        hear_signals()
         async with TaskQueue(settings, handlers) as queue:
             app.state.queue = queue
             lookout = asyncio.create_task(end_watches_at_a_signal(queue))
@@ -2155,6 +2239,7 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
         docs_url=None,  # see docs(), below the lesson
         redoc_url=None,
         redirect_slashes=False,  # behind a proxy, a redirect would leave its prefix
+        # For the API's documentation: its addresses are relative, for the same reason.
         servers=[{"url": "."}],
         root_path_in_servers=False,
     )
@@ -2165,7 +2250,6 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
     )
     app.add_exception_handler(QueueError, answer_queue_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.add_exception_handler(ValidationError, answer_invalid)
     app.add_exception_handler(HTTPException, answer_http_error)
     return app
 

@@ -514,9 +514,9 @@ def test_submission_keeps_its_payload_as_it_was_sent():
         ("\ud800", "surrogates not allowed"),
         ({"\ud800": 1}, "surrogates not allowed"),
         ({1: 2}, "payload.x has a key that is no text: 1"),
-        ({1, 2}, "payload.x is a set, which JSON has no form for"),
-        (object(), "payload.x is a object"),
-        (10**5000, "4300 digits"),
+        ({1, 2}, "payload.x is of type set, which JSON has no form for"),
+        (object(), "payload.x is of type object"),
+        (10**5000, "more than 4,200 digits"),
     ],
     ids=["NaN", "inf", "text", "key", "number as key", "set", "object", "long number"],
 )
@@ -1531,26 +1531,28 @@ BAD_RESULTS = [
     pytest.param(math.nan, "result is nan", id="NaN"),
     pytest.param([1, -math.inf], r"result\[1\] is -inf", id="inf"),
     pytest.param(
-        {"rows": [datetime.now()]}, r"result.rows\[0\] is a datetime", id="date"
+        {"rows": [datetime.now()]}, r"result.rows\[0\] is of type datetime", id="date"
     ),
-    pytest.param({"a": {1}}, "result.a is a set", id="set"),
-    pytest.param(object(), "result is a object", id="object"),
-    pytest.param(b"bytes", "result is a bytes", id="bytes"),
-    pytest.param(print, "result is a builtin_function", id="function"),
+    pytest.param({"a": {1}}, "result.a is of type set", id="set"),
+    pytest.param(object(), "result is of type object", id="object"),
+    pytest.param(b"bytes", "result is of type bytes", id="bytes"),
+    pytest.param(print, "result is of type builtin_function", id="function"),
     pytest.param({1: 2}, "result has a key that is no text: 1", id="key"),
     pytest.param("\ud800", "surrogates not allowed", id="half a surrogate pair"),
     pytest.param({"\ud800": 1}, "surrogates not allowed", id="the same as key"),
-    pytest.param(10**5000, "4300 digits", id="long number"),
+    pytest.param(10**5000, "more than 4,200 digits", id="long number"),
     pytest.param(CIRCLE, "more than 100 levels", id="circle"),
     pytest.param(json.loads(nested(102)), "more than 100 levels", id="deep"),
-    pytest.param(iter([1]), "result is a list_iterator", id="iterator"),
-    pytest.param(itertools.count(), "result is a count", id="endless"),
-    pytest.param({"x": itertools.count()}, "result.x is a count", id="endless in dict"),
-    pytest.param(Report(itertools.count()), "result is a Report", id="dataclass"),
-    pytest.param(Payload(x=itertools.count()), "result is a Payload", id="model"),
-    pytest.param("x" * 70_000, "65536 bytes", id="too large"),
-    pytest.param(["x" * 1_000] * 70, "65536 bytes", id="too large in all"),
-    pytest.param("é" * 40_000, "65536 bytes", id="too large in UTF-8"),
+    pytest.param(iter([1]), "result is of type list_iterator", id="iterator"),
+    pytest.param(itertools.count(), "result is of type count", id="endless"),
+    pytest.param(
+        {"x": itertools.count()}, "result.x is of type count", id="endless in dict"
+    ),
+    pytest.param(Report(itertools.count()), "result is of type Report", id="dataclass"),
+    pytest.param(Payload(x=itertools.count()), "result is of type Payload", id="model"),
+    pytest.param("x" * 70_000, "max_result", id="too large"),
+    pytest.param(["x" * 1_000] * 70, "max_result", id="too large in all"),
+    pytest.param("é" * 40_000, "max_result", id="too large in UTF-8"),
 ]
 
 
@@ -4553,6 +4555,13 @@ async def test_missing_content_type_is_named(sent):
     assert "Content-Type: application/json" in answer.json()["detail"][0]["msg"]
 
 
+async def test_missing_content_type_is_named_beside_what_was_sent():
+    headers = {"Content-Type": "text/plain"}
+    async with serving() as (client, _):
+        answer = await client.post("/tasks", content=FINE, headers=headers)
+    assert answer.json()["detail"][0]["msg"].endswith("text/plain")
+
+
 async def test_missing_content_type_is_not_blamed_for_a_list():
     async with serving() as (client, _):
         answer = await client.post("/tasks", json=[])
@@ -5242,6 +5251,16 @@ async def test_events_frame_by_frame_gives_way_to_pieces_of_64_kb(gate):
             sizes.append(len(stream.messages.get_nowait()["body"]))
     assert sum(sizes) > 300_000
     assert max(sizes) <= 65_536
+
+
+async def test_events_send_a_frame_that_is_larger_than_a_piece_as_it_is(gate):
+    async with streaming(gate, "running", "/events") as (_, _, stream):
+        await read_batch(stream)
+        gate.let_go("it", "x" * 65_530)
+        await asyncio.sleep(1)
+        message = stream.messages.get_nowait()
+    assert len(message["body"]) > 65_536
+    assert stream.messages.empty()
 
 
 async def test_events_frame_by_frame_does_not_keep_the_turn(gate):
