@@ -2125,10 +2125,14 @@ async def answer_queue_error(request: Request, error: Exception) -> Response:
     """Say what the queue has refused, with the status code from the table."""
     assert isinstance(error, QueueError)
     status = HTTP_STATUS[type(error)]
+    detail: Any = str(error)
+    if status == 422:  # in the shape of every other 422: a list
+        place = ("header", "Idempotency-Key")
+        detail = [{"type": "value_error", "loc": place, "msg": detail}]
     headers = {}
     if status == 503:
         headers["Retry-After"] = "1"
-    return JSONResponse({"detail": str(error)}, status, headers)
+    return JSONResponse({"detail": detail}, status, headers)
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
