@@ -171,23 +171,23 @@ class Settings(BaseModel):
     # allow_inf_nan=False: no time can be endless, or no number at all.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_workers: int = Field(3, ge=1, le=1000, description="attempts that run at once")
-    max_pending: int = Field(1000, ge=1, description="tasks that may wait")
-    keep_finished: int = Field(1000, ge=0, description="finished tasks that are kept")
+    max_workers: int = Field(default=3, ge=1, le=1000, description="attempts at once")
+    max_pending: int = Field(default=1000, ge=1, description="tasks that may wait")
+    keep_finished: int = Field(default=1000, ge=0, description="ended ones kept")
     # At a stop, handlers that run may go on for so long.
-    drain_seconds: float = Field(5.0, ge=0, description="for handlers, at a stop")
+    drain_seconds: float = Field(default=5.0, ge=0, description="at a stop")
     # A retry waits at most base, 2 x base, 4 x base …, and never longer than cap.
-    backoff_base: float = Field(0.5, ge=0, description="longest wait, 1st retry")
-    backoff_cap: float = Field(30.0, ge=0, le=10**9, description="longest wait, any")
+    backoff_base: float = Field(default=0.5, ge=0, description="longest 1st wait")
+    backoff_cap: float = Field(default=30.0, ge=0, le=10**9, description="longest wait")
     # A client that has not read for so long is dropped from its stream.
-    send_timeout: float = Field(10.0, gt=0, description="until a stalled reader goes")
+    send_timeout: float = Field(default=10.0, gt=0, description="for readers")
     # A stream without news sends a ping: a proxy closes a connection that is silent.
-    ping_seconds: float = Field(15.0, gt=0, description="between a stream's pings")
-    max_body: int = Field(65_536, ge=1, description="bytes of a request's body")
-    max_result: int = Field(65_536, ge=1, description="bytes of a result, as JSON")
+    ping_seconds: float = Field(default=15.0, gt=0, description="between pings")
+    max_body: int = Field(default=65_536, ge=1, description="bytes of a body")
+    max_result: int = Field(default=65_536, ge=1, description="bytes of a result")
     # The handlers in this file only pretend to work. These two are for them.
-    failure_rate: float = Field(0.1, ge=0, le=1, description="chance to fail")
-    pace: float = Field(1.0, ge=0, description="their seconds are multiplied by it")
+    failure_rate: float = Field(default=0.1, ge=0, le=1, description="chance to fail")
+    pace: float = Field(default=1.0, ge=0, description="multiplies their seconds")
 
 
 DEFAULTS = Settings()
