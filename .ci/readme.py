@@ -1,19 +1,20 @@
-"""What the checks need from README.md: `readme.py command run|test` prints one of its two commands, as printed."""
+"""`readme.py command run` and `readme.py command test` print the README's commands."""
 
 import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "README.md"
+ENDS = {"run": "taskqueue.py", "test": "pytest"}
 
 
 def command(name: str) -> str:
-    """The first shell block after the heading that ends in `name`, with its lines joined."""
-    last_word = {"run": "taskqueue.py", "test": "pytest"}[name]
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), re.DOTALL):
-        if block.strip().endswith(last_word) and ".venv" in block:
-            return block.strip()
-    sys.exit(f"README.md has no command that ends in {last_word}")
+    """The first block of shell that makes a venv and ends so."""
+    text = README.read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        if block.strip().endswith(ENDS[name]) and "-m venv" in block:
+            return str(block).strip()
+    sys.exit(f"README.md has no command that ends in {ENDS[name]}")
 
 
 if __name__ == "__main__":

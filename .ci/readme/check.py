@@ -1,16 +1,18 @@
-"""Check that README.md tells the truth: `check.py`, or `check.py show` to see what the tour's commands print today.
+"""Check that README.md tells the truth. It takes some 40 seconds.
 
-It runs the tour, command by command, in one bash, against a server started as the tour says, and compares what comes
-with what is printed there. A line `…` in the README stands for any number of lines. Ids, version numbers and times
-differ from run to run: any are taken, but what is the same id in the README must be the same here, and the reverse.
-Then it compares the tables with the code, and looks whether everything exists that the README names.
+    check.py          all checks
+    check.py show     what the commands of the tour print today
+
+Each recipe is run as it is printed, in a folder of its own. So is the tour, two times,
+because it can be repeated without a restart. The answers must be those of the README.
+Ids and the numbers of lines may be others. Only the port is replaced, by a free one.
 """
 
 import contextlib
-import difflib
+import html
 import os
 import re
-import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -18,256 +20,363 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
-MAX_LINES = 310
-SECONDS = 50  # for the whole tour
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULE = (ROOT / "taskqueue.py").read_text(encoding="utf-8")
+SUITE = (ROOT / "test_taskqueue.py").read_text(encoding="utf-8")
+PLAIN = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+MAX_LINES = 220
+MAX_WORDS = 20  # in a sentence
+SECONDS = 40  # for one command
 PORT = "8000"  # as printed
-VARIES = re.compile(r"\b[0-9a-f]{12,32}\b")  # ids of tasks, requests and messages, versions
-TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
+
+# What a recipe's command must print: a pattern.
+RECIPES = {
+    "my_client.py": r"'status': 'running'.*'status': 'completed'",
+    "my_script.py": r"1 completed .*\n5 completed .*\n10 completed ",
+    "test_my_service.py": r"\b2 passed\b",
+}
+# The service with a handler of its own is asked this.
+MAIL = """
+id=$(curl -s http://127.0.0.1:8000/tasks -H 'Content-Type: application/json' \
+ -d '{"task_type": "send_email", "payload": {"to": "ada@example.com"}}' | grep -oE '[0-9a-f]{32}')
+curl -s http://127.0.0.1:8000/tasks/$id/stream
+"""
+# Node has no EventSource, and no page that an address can be relative to.
+BROWSER = """
+const realFetch = fetch;
+const at = (path) => new URL(path, "http://127.0.0.1:8000/");
+globalThis.fetch = (path, options) => realFetch(at(path), options);
+globalThis.EventSource = class {
+  constructor(path) { this.answer = realFetch(at(path)); }
+  async addEventListener(name, hear) {
+    const text = await (await this.answer).text();
+    for (const frame of text.split("\\n\\n").filter((each) => each.startsWith(`event: ${name}\\n`)))
+      hear({data: frame.split("data: ")[1]});
+  }
+  close() { console.log("closed"); }
+};
+"""
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
-    return found[1] if found else sys.exit(f"README.md has no section {title!r}")
+    """The part of the README below this heading, up to the next one."""
+    pattern = rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)"
+    found = re.search(pattern, README, re.DOTALL | re.MULTILINE)
+    if found is None:
+        sys.exit(f"README.md has no section {title!r}")
+    return found[1]
 
 
-def rows(text: str) -> list[list[str]]:
-    """The cells of each row of the tables in a text, without their heads."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    heads = {number + step for number, line in enumerate(lines) if re.match(r"\|[\s|:-]+$", line) for step in (-1, 0)}
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for number, line in enumerate(lines) if number not in heads]
+def blocks(text: str, language: str) -> list[str]:
+    """The blocks of code in that language."""
+    pattern = rf"^```{language}\n(.*?)^```$"
+    return re.findall(pattern, text, re.DOTALL | re.MULTILINE)
 
 
-# The tour: what it prints
-
-@dataclass
-class Step:
-    command: str
-    printed: list[str]
+def codes(text: str) -> list[str]:
+    """All that is printed as `code` within the text."""
+    return re.findall(r"`([^`\n]+)`", text) + re.findall(r"<code>(.*?)</code>", text)
 
 
-def read_tour() -> tuple[str, list[Step]]:
-    """The command that starts the server, and what is typed after it."""
-    server, steps = "", []
-    for language, block in re.findall(r"^```(bash|console)\n(.*?)^```$", section("The tour"), re.DOTALL | re.MULTILINE):
-        if language == "console":
-            for line in block.splitlines():
-                if line.startswith("$ "):
-                    steps.append(Step(line[2:], []))
-                else:
-                    steps[-1].printed.append(line)
-        elif "taskqueue.py" in block:
-            server = block.strip()
-        else:
-            steps.append(Step(block.strip(), []))
-    assert PORT in server, "the tour starts no server"
-    return server, steps
+# -- To run what is printed ------------------------------------------------------------
 
 
-# The tour: what comes
+class Workshop:
+    """A folder with taskqueue.py and a .venv, as a learner has it, and a free port."""
 
-def hexless(line: str) -> str:
-    return VARIES.sub("<id>", line)
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        for name in ("taskqueue.py", ".pytest.ini"):
+            shutil.copy(ROOT / name, self.folder)
+        (self.folder / ".venv").symlink_to(sys.prefix)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = str(probe.getsockname()[1])
+        # Whatever is set on this machine: no proxy, no .curlrc, and a python3.
+        path = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
+        self.environment = {"PATH": path, "HOME": folder, "LC_ALL": "C.UTF-8"}
 
-
-def align(printed: list[str], came: list[str]) -> list[tuple[str, str]] | None:
-    """Pair the lines of both; None if they don't fit."""
-    if not printed:
-        return None if came else []
-    if printed[0] == "…":
-        return next((pairs for skip in range(len(came) + 1)
-                     if (pairs := align(printed[1:], came[skip:])) is not None), None)
-    if not came or hexless(printed[0]) != hexless(came[0]):
-        return None
-    rest = align(printed[1:], came[1:])
-    return None if rest is None else [(printed[0], came[0]), *rest]
-
-
-class Ids:
-    """Which id of the README is which one here."""
-
-    def __init__(self) -> None:
-        self.here: dict[str, str] = {}
-        self.there: dict[str, str] = {}
-
-    def agree(self, printed: str, came: str) -> bool:
-        pairs = zip(VARIES.findall(printed), VARIES.findall(came), strict=True)
-        return all(self.here.setdefault(a, b) == b and self.there.setdefault(b, a) == a for a, b in pairs)
-
-
-def lines(text: str) -> list[str]:
-    return [TIME.sub("<time>", line.rstrip()) for line in text.strip().splitlines()]
-
-
-class Shell:
-    """One bash, for all commands: what one of them sets, the next one has."""
-
-    def __init__(self, cwd: Path, environment: dict[str, str], deadline: float) -> None:
-        self.deadline = deadline
-        self.process = subprocess.Popen(
-            ["bash", "--noprofile", "--norc"], cwd=cwd, env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def write(self, name: str, text: str) -> None:
+        """Write a file."""
+        text = text.replace(PORT, self.port)
+        (self.folder / name).write_text(text, encoding="utf-8")
 
     def run(self, command: str) -> str:
-        assert self.process.stdin
-        end = "--- the end of a command ---"
-        self.process.stdin.write(f"{{\n{command}\n}} </dev/null\nprintf '\\n{end}\\n'\n".encode())
-        self.process.stdin.flush()
-        return read_until(self.process, f"\n{end}\n", self.deadline)
+        """Run a command in bash, and return what it has printed."""
+        ran = subprocess.run(
+            ["bash", "-c", command.replace(PORT, self.port)],
+            check=False,  # what it has printed says enough
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            timeout=SECONDS,
+        )
+        return ran.stdout.replace(self.port, PORT)
 
-
-def read_until(process: subprocess.Popen[bytes], end: str, deadline: float) -> str:
-    """What the process writes up to `end`."""
-    assert process.stdout
-    output = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while end.encode() not in output:
-            if not selector.select(max(0, deadline - time.monotonic())):
-                raise TimeoutError(f"no end after {SECONDS} s, but: {output.decode()}")
-            chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:
-                raise EOFError(f"it ended early: {output.decode()}")
-            output += chunk
-    return output.decode().split(end)[0]
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def take_tour() -> Iterator[tuple[Step, list[str]]]:
-    """Each step of the tour, and the lines that come."""
-    server_command, steps = read_tour()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    deadline = time.monotonic() + SECONDS
-    with contextlib.ExitStack() as stack:
-        cwd = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        shutil.copy(ROOT / "taskqueue.py", cwd)
-        (cwd / ".venv").symlink_to(sys.prefix)
-        # Whoever's machine this is: no proxy, no .curlrc, a python3 on the path.
-        environment = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "HOME": str(cwd), "CURL_HOME": str(cwd),
-                       "NO_PROXY": "*", "LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
-        with open(cwd / "server.log", "wb") as log:
-            server = subprocess.Popen(["bash", "-c", f"exec {server_command.replace(PORT, port)}"], cwd=cwd,
-                                      env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=log)
-        stack.callback(end_group, server)
+    @contextlib.contextmanager
+    def serve(self, command: str) -> Iterator[None]:
+        """Run a server as long as the block lasts. Its log may tell of no error."""
+        log = self.folder / "server.log"
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                shlex.split(command.replace(PORT, self.port)),
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+            )
         try:
-            read_until(server, "documentation", deadline)
-        except EOFError:
-            sys.exit(f"the server does not start: {(cwd / 'server.log').read_text()}")
-        shell = Shell(cwd, environment, deadline)
-        stack.callback(end_group, shell.process)
-        for step in steps:
-            try:
-                output = shell.run(step.command.replace(PORT, port))
-            except (TimeoutError, EOFError) as error:
-                sys.exit(f"$ {step.command}\n{error}")
-            yield step, lines(output.replace(port, PORT))
-        log_text = (cwd / "server.log").read_text()
-        assert not re.search("Traceback|ERROR|CRITICAL", log_text), log_text
+            self.wait_for(server)
+            yield
+            server.send_signal(signal.SIGINT)
+            server.wait(10)
+        finally:
+            server.kill()
+            server.wait()
+        text = log.read_text(encoding="utf-8")
+        # A traceback of a handler is no error of ours. It has a bar before each line.
+        assert not re.search("^Traceback|ERROR|CRITICAL", text, re.MULTILINE), text
+
+    def wait_for(self, server: "subprocess.Popen[bytes]") -> None:
+        """Wait until the server answers."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        for _ in range(100 * SECONDS):
+            with contextlib.suppress(OSError):
+                opener.open(f"http://127.0.0.1:{self.port}/health").close()
+                return
+            assert server.poll() is None, (self.folder / "server.log").read_text()
+            time.sleep(0.01)
+        raise TimeoutError("the server does not answer")
+
+
+def printed_command(text: str, end: str) -> str:
+    """The command in the text that ends so."""
+    for code in codes(text):
+        if code.startswith(".venv/bin/python ") and code.endswith(end):
+            return code
+    sys.exit(f"README.md has no command that ends in {end}")
+
+
+def check_recipes() -> Iterator[str]:
+    """Run each recipe."""
+    text = section("Recipes")
+    files = {block.split()[1]: block for block in blocks(text, "python")}
+    serve = printed_command(text, "--no-tour") + f" --failure-rate 0 --port {PORT}"
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(folder)
+        outputs = {}
+        for name, block in files.items():
+            shop.write(name, block)
+        with shop.serve(serve):
+            outputs["my_client.py"] = shop.run(printed_command(text, "my_client.py"))
+            for block in blocks(text, "bash"):
+                output = shop.run(block)
+                if '"status":"completed","progress":100' not in output:
+                    yield f"curl printed:\n{output}"
+            yield from check_javascript(shop, *blocks(text, "js"))
+        production = section("Before you put it to use")
+        line = printed_command(production, "--timeout-graceful-shutdown 5")
+        for serve in (printed_command(text, "my_service.py"), f"{line} --port {PORT}"):
+            with shop.serve(serve):
+                output = shop.run(MAIL)
+            if "sent to ada@example.com" not in output:
+                yield f"{serve} answered:\n{output}"
+        for name in ("my_script.py", "test_my_service.py"):
+            outputs[name] = shop.run(printed_command(text, name))
+    for name, output in outputs.items():
+        if not re.search(RECIPES[name], output, re.DOTALL):
+            yield f"{name} printed:\n{output}"
+    for name in set(files) - set(RECIPES) - {"my_service.py"}:
+        yield f"nobody has run {name}"
+
+
+def check_javascript(shop: Workshop, block: str) -> Iterator[str]:
+    """Run it in Node, if there is one. Its names may be none of the page's own."""
+    ours = set(re.findall(r"^(?:const|let) \{?(\w+)", block, re.MULTILINE))
+    script = MODULE.partition("<script")[2].partition("</script>")[0]
+    names = r"^(?:const|let|(?:async )?function) (\w+)"
+    for name in ours & set(re.findall(names, script, re.MULTILINE)):
+        yield f"the page's own script has a {name}, too"
+    if shutil.which("node") is None:
+        print("There is no Node here, so nobody has run the JavaScript.")
+        return
+    shop.write("recipe.mjs", BROWSER + block)
+    output = shop.run("node recipe.mjs")
+    if not output.endswith("completed, 100 %\nclosed\n"):
+        yield f"the JavaScript printed:\n{output}"
+
+
+# -- The tour --------------------------------------------------------------------------
+
+
+def read_tour() -> tuple[str, str, list[tuple[str, str]]]:
+    """The server's command, the helpers, and each step with its printed answer."""
+    text = section("The tour")
+    serve = next(code for code in codes(text) if code.startswith(".venv/bin/python"))
+    helpers, *steps = blocks(text, "bash")
+    answers = re.findall(r"<summary>Answer</summary><code>(.*?)</code>", text)
+    answers = [html.unescape(each.replace("<br>", "\n")) for each in answers]
+    return serve, helpers, list(zip(steps, answers, strict=True))
+
+
+def same(text: str) -> list[str]:
+    """The lines, with a name for each id: what is one id stays one id."""
+    names: dict[str, str] = {}
+
+    def name(match: re.Match[str]) -> str:
+        """The first id becomes <1>, the next <2>."""
+        return names.setdefault(match[0], f"<{len(names) + 1}>")
+
+    text = re.sub(r"\b[0-9a-f]{16,32}\b", name, text)
+    text = re.sub(r"\.py:\d+ in", ".py:N in", text)
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def take_tour(rounds: int) -> Iterator[tuple[str, str, str]]:
+    """Take all steps. Yield each command, what is printed for it, and what came."""
+    serve, helpers, steps = read_tour()
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(folder)
+        with shop.serve(f"{serve} --port {PORT}"):
+            for command, answer in steps * rounds:
+                yield command, answer, shop.run(helpers + command)
 
 
 def check_tour() -> Iterator[str]:
-    ids = Ids()
-    for step, came in take_tour():
-        printed = lines("\n".join(step.printed))
-        pairs = align(printed, came)
-        if pairs is None:
-            diff = difflib.unified_diff(printed, came, "in the README", "as it came", lineterm="")
-            yield "\n".join([f"$ {step.command}", *diff])
-        else:
-            yield from (f"$ {step.command}\nan id is not the one that it is elsewhere:\n- {a}\n+ {b}"
-                        for a, b in pairs if not ids.agree(a, b))
+    """Compare the answers."""
+    for command, answer, came in take_tour(rounds=2):
+        if same(answer) != same(came):
+            yield f"{command}\nprinted here:\n{came}\nprinted in the README:\n{answer}"
 
 
-# The tables, and what is named
-
-def differences(what: str, in_readme: set[str], in_code: set[str]) -> Iterator[str]:
-    if missing := in_code - in_readme:
-        yield f"{what}: not in the README: {', '.join(sorted(missing))}"
-    if surplus := in_readme - in_code:
-        yield f"{what}: only in the README: {', '.join(sorted(surplus))}"
+# -- What is named ---------------------------------------------------------------------
 
 
-def check_api() -> Iterator[str]:
-    sys.path.insert(0, str(ROOT))
-    import taskqueue
-    paths = taskqueue.create_app().openapi()["paths"]
-    routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
-    printed = {re.sub(r"\?.*", "", call) for row in rows(section("The API")) for call in re.findall("`(.*?)`", row[0])}
-    plain = [{re.sub(r"\{\w+\}", "{}", call) for call in calls} for calls in (printed - {"GET /"}, routes)]
-    yield from differences("routes", *plain)
-
-
-def check_breaks() -> Iterator[str]:
-    in_code = set(re.findall(r"GOTCHA \[([a-z0-9-]+)\]", (ROOT / "taskqueue.py").read_text())) - {"name"}
-    printed = {row[0].strip("`"): row[-1].strip("`") for row in rows(section("Break it yourself"))}
-    yield from differences("traps", set(printed), in_code)
-    yield from (f"the test of {name} does not bear its name: {test}" for name, test in printed.items()
-                if name.replace("-", "_") not in test)
-    if (path := ROOT / ".ci/breaks.toml").exists():
-        breaks = {entry["name"]: entry["test"] for entry in tomllib.loads(path.read_text())["break"]}
-        yield from (f"the test of {name} is {breaks.get(name)} in .ci/breaks.toml" for name, test in printed.items()
-                    if breaks.get(name) != test)
-
-
-def check_exercises() -> Iterator[str]:
-    in_code = {path.stem.removeprefix("test_") for path in (ROOT / ".ci/exercises").glob("test_*.py")}
-    yield from differences("exercises", {row[0].strip("`") for row in rows(section("Exercises"))}, in_code)
-
-
-def check_names() -> Iterator[str]:
-    tests = ROOT / "test_taskqueue.py"
-    if tests.exists():
-        defined = set(re.findall(r"def (test_\w+)", tests.read_text()))
-        named = set(re.findall(r"\btest_\w+\b(?!\.py|\*)", README)) - {"test_taskqueue"}
-        yield from (f"no such test: {name}" for name in sorted(named - defined))
-    links = set(re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", README))
-    targets = {a or b for a, b in links} | set(re.findall(r"(\.ci/[\w./-]*\w)", README))
+def check_files() -> Iterator[str]:
+    """Each file that is linked or named exists."""
+    found = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", README)
+    targets = {first or second for first, second in found}
+    targets |= set(re.findall(r"\.course/[\w./-]*\w", README))
     for target in sorted(targets):
-        if target.startswith("#"):
-            headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-            anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-            if target[1:] not in anchors:
-                yield f"no such heading: {target}"
-        elif "://" not in target and not (ROOT / target).exists():
+        if "://" not in target and not (ROOT / target).exists():
             yield f"no such file: {target}"
 
 
+def check_names() -> Iterator[str]:
+    """Each function, class, test, trap and exercise that is named exists."""
+    tests = set(re.findall(r"\bdef (test_\w+)", SUITE))
+    functions = set(re.findall(r"\b(?:def|class) (\w+)", MODULE))
+    traps = set(re.findall(r"GOTCHA \[([a-z0-9-]+)\]", MODULE))
+    exercises = {each.stem for each in (ROOT / ".course/exercises").glob("test_*.py")}
+    for code in codes(PLAIN):
+        if re.fullmatch(r"test_\w+", code) and code not in tests:
+            yield f"no such test: {code}"
+        if re.fullmatch(r"_?\w+\(\)", code) and code[:-2] not in functions | OTHERS:
+            yield f"no such function: {code}"
+        if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", code) and code not in traps:
+            yield f"no such trap: {code}"
+    for row in rows(section("The course")):
+        for name in codes(row[4]):
+            if f"test_{name}" not in exercises:
+                yield f"no such exercise: {name}"
+        for name in codes(row[2]):
+            if name.removesuffix("()") not in functions | tests:
+                yield f"no such function: {name}"
+    count = len(traps - {"name"})
+    if f"some {5 * round(count / 5)} traps" not in README:
+        yield f"the number of traps is {count}"
+
+
+OTHERS = {"update_progress", "task_done", "iter_lines"}  # functions of no section
+
+
+def check_messages() -> Iterator[str]:
+    """Each message is quoted in the module. So are the words after which one looks."""
+    module = " ".join(re.sub(r"^\s*# ?", "", MODULE, flags=re.MULTILINE).split())
+    for row in rows(section("I saw this message")):
+        for message, place in (row[:2], row[2:]):
+            parts = re.split(r" … |, or ", message)
+            if "recipes" not in place and not all(part in module for part in parts):
+                yield f"not in taskqueue.py: {message}"
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def check_api() -> Iterator[str]:
+    """The table has the routes of the app, and no other."""
+    sys.path.insert(0, str(ROOT))
+    import taskqueue
+
+    paths = taskqueue.create_app().openapi()["paths"]
+    routes = {f"{method.upper()} {path}" for path in paths for method in paths[path]}
+    calls = [code for row in rows(section("The API")) for code in codes(row[0])]
+    named = {re.sub(r"\?.*", "", call).replace("{id}", "{task_id}") for call in calls}
+    for route in sorted(named ^ routes):
+        yield f"only in the README, or only in the app: {route}"
+
+
+# -- How it is written -----------------------------------------------------------------
+
+
 def check_form() -> Iterator[str]:
-    if (count := README.count("\n")) > MAX_LINES:
-        yield f"{count} lines, more than {MAX_LINES}"
+    """It is short, and so are its sentences. Both commands are there."""
+    count = README.count("\n")
+    if count > MAX_LINES:
+        yield f"{count} lines, and at most {MAX_LINES} are allowed"
     for name in ("run", "test"):
-        command = [sys.executable, ROOT / ".ci/readme.py", "command", name]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode:
-            yield found.stderr.strip()
+        command = [sys.executable, str(ROOT / ".ci/readme.py"), "command", name]
+        if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+            yield f"there is no command for {name}"
+    text = re.sub(r"<code>.*?</code>|`[^`\n]+`", "code", PLAIN)
+    text = re.sub(r"\]\([^)]*\)", "", text)  # where a link leads to
+    text = re.sub(r"<[^>]*>|\||\n", "\n", text)
+    for sentence in re.split(r"(?<=[.?!])[)*]*\s|\n", html.unescape(text)):
+        if len(re.findall(r"\w[\w’'./-]*", sentence)) > MAX_WORDS:
+            yield f"a long sentence: {sentence.strip()}"
+        if ";" in sentence:
+            yield f"a semicolon: {sentence.strip()}"
+
+
+CHECKS: list[Callable[[], Iterator[str]]] = [check_form, check_files, check_names]
+CHECKS += [check_messages, check_api, check_recipes, check_tour]
+
+
+def run_check(check: Callable[[], Iterator[str]]) -> int:
+    """Run one check, and print what is wrong. Return how much that is."""
+    began = time.monotonic()
+    try:
+        failures = list(check())
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        failures = [f"{type(error).__name__}: {error}"]
+    outcome = "FAILED" if failures else "ok"
+    seconds = time.monotonic() - began
+    head = f"{check.__name__.replace('_', ' ')}: {outcome}, {seconds:.1f} s"
+    print("\n".join([head, *failures]), flush=True)
+    return len(failures)
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    """Run all checks, two at a time: most of the time they wait."""
     if sys.argv[1:] == ["show"]:
-        for step, came in take_tour():
-            print(f"$ {step.command}", *came, sep="\n", flush=True)
+        for command, _, came in take_tour(rounds=1):
+            print(f"{command}{came}", flush=True)
         return
-    failed = 0
-    for check in (check_form, check_names, check_breaks, check_exercises, check_api, check_tour):
-        began, failures = time.monotonic(), list(check())
-        print(f"{check.__name__.replace('_', ' ')}: {'FAILED' if failures else 'ok'}, {time.monotonic() - began:.1f} s")
-        print(*failures, sep="\n", end="\n" if failures else "")
-        failed += len(failures)
-    sys.exit(f"README.md: {failed} things are not so" if failed else None)
+    with ThreadPoolExecutor(2) as pool:
+        failed = sum(pool.map(run_check, CHECKS))
+    if failed > 0:
+        sys.exit(f"README.md: {failed} wrong")
 
 
 if __name__ == "__main__":
