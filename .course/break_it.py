@@ -148,9 +148,8 @@ def show(name: str) -> None:
     print(edits.diff(MODULE, broken))
     keyword = name.replace("-", "_")
     if sys.stdin.isatty():
-        input(
-            f"\nWhich assertion fails? Look at `{keyword}` in test_taskqueue.py. [Enter] "
-        )
+        print(f"\nIts test has `{keyword}` in its name. Which assertion fails?")
+        input("[Enter] ")
     code, output = run_tests(broken, name)
     print(f"\n{output}")
     if code != 1:

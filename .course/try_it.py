@@ -123,7 +123,7 @@ class Service:
         return lines
 
 
-# -- What works. Each returns whether it does. -------------------------------------------
+# -- What works. Each returns whether it does. -----------------------------------------
 
 
 @check(WORKS, "submit and poll")
@@ -175,7 +175,7 @@ def fail_with_an_error(service: Service) -> bool:
     return task["status"] == "failed" and "no mail server" in task["error"]
 
 
-# -- The traps. Each returns whether the service avoids it. -------------------------------
+# -- The traps. Each returns whether the service avoids it. ----------------------------
 
 
 @check(TRAPS, "slot-before-get")
@@ -348,7 +348,7 @@ def shutdown_order(service: Service) -> bool:
     return "event: shutdown" in lines
 
 
-# -- To run them --------------------------------------------------------------------------
+# -- To run them -----------------------------------------------------------------------
 
 
 def run(function: Check, program: str, *arguments: str) -> bool:
@@ -363,7 +363,7 @@ def run(function: Check, program: str, *arguments: str) -> bool:
 
 
 def compare(table: dict[str, Check], other: str, words: tuple[str, str]) -> list[str]:
-    """Run all checks of a table on both, and print a line for each. Return what fails."""
+    """Run all checks of a table on both. Print a line for each, return what fails."""
     path = Path(other)
     failed = []
     with ThreadPoolExecutor(4) as pool:

@@ -80,7 +80,7 @@ def check(name: str) -> str:
 
 
 def check_files(names: set[str]) -> None:
-    """Check that each exercise has its tests and its solution, and the README knows it."""
+    """Check that each exercise has its tests, its solution, and its line in README."""
     tests = {path.stem[5:] for path in exercise.FOLDER.glob("test_*.py")}
     solutions = {path.stem for path in exercise.FOLDER.glob("solutions/*.toml")}
     demand(tests == solutions == names, "tests, solutions and exercises.toml differ")

@@ -3,7 +3,7 @@
 The queue writes into that file what it will need again, before it answers. At its start
 it reads the file. What had ended is shown as it was, with its result. All else waits
 and runs, with its id and in its order. What ran when the server died runs once more.
-A server that is killed may leave half a line at the end. That is no reason not to start.
+A server that is killed may leave half a line at the end. It must start all the same.
 The file must not grow for ever: it is made anew at a start. By default there is none.
 """
 

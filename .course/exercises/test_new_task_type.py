@@ -1,8 +1,8 @@
 """A new task type: `transcode_video`, with `url` (text) and `format`.
 
-`format` is "mp4" or "webm", and "mp4" if it isn't given. The result is {"url": …,
-"format": …}. Like the other handlers it only pretends, and reports its progress in some
-four stages. It takes a member of TaskType, a payload model, and a decorated function.
+`format` is "mp4" or "webm", and "mp4" if it isn't given. The result has both, `url` and
+`format`. Like the other handlers it only pretends, and reports its progress in some four
+stages. It takes a member of TaskType, a payload model, and a decorated function.
 """
 
 import pytest
