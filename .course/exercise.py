@@ -1,0 +1,166 @@
+"""The exercises: which are red, which are green, and what to try next.
+
+    python .course/exercise.py                     the board: all of them
+    python .course/exercise.py rerun               what to build, and what is missing
+    python .course/exercise.py rerun --hint 2      the first two hints
+    python .course/exercise.py rerun --solution    one way to solve it
+
+You work in taskqueue.py itself. --solution does not touch that file. It shows the
+solution as a diff against the original, and writes the solved file beside yours.
+
+For maintainers: `--table` prints README.md's table.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import edits
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FOLDER = HERE / "exercises"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What stands in a TOML file."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+EXERCISES = {
+    each["name"]: each for each in read_toml(FOLDER / "exercises.toml")["exercise"]
+}
+
+
+def say(text: str, indent: str = "") -> None:
+    """Print it in lines that fit a terminal."""
+    print(textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent))
+
+
+def run_tests(name: str, *options: str) -> tuple[int, int, str]:
+    """How many tests of an exercise pass, how many there are, and pytest's output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "brief", "-rN"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["--no-header", "--show-capture=no", *options]
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    ran = subprocess.run(
+        [*command, str(FOLDER / f"test_{name}.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},  # where brief.py is
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+    )
+    last_line = ran.stdout.strip().rpartition("\n")[2]  # "2 failed, 4 passed in 0.31s"
+    counts = {"passed": 0, "failed": 0, "error": 0}
+    for number, word in re.findall(r"(\d+) (passed|failed|error)", last_line):
+        counts[word] = int(number)
+    return counts["passed"], sum(counts.values()), ran.stdout
+
+
+def board() -> None:
+    """Run the tests of all exercises, and show where you stand."""
+    print("The tests of all exercises run. It takes some 15 seconds.", flush=True)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(run_tests, EXERCISES)
+        for entry, (passed, total, output) in zip(
+            EXERCISES.values(), outcomes, strict=True
+        ):
+            if total == 0:
+                sys.exit(f"taskqueue.py can't be tested:\n{output}")
+            color = "green" if passed == total else "red"
+            count = f"{passed} of {total}"
+            print(
+                f"\n{color:5}  {entry['name']:14} {count:9} {entry['time']}", flush=True
+            )
+            if passed < total:
+                say(entry["hints"][0], indent=" " * 7)
+    print("\nThe next step: python .course/exercise.py", next(iter(EXERCISES)))
+
+
+def show(name: str) -> None:
+    """Say what to build, and show the first test that fails."""
+    entry = EXERCISES[name]
+    test = (FOLDER / f"test_{name}.py").read_text(encoding="utf-8")
+    print(ast.get_docstring(ast.parse(test)))
+    print(f"\nSections: {entry['sections']}. Time: {entry['time']}.")
+    passed, total, output = run_tests(name, "-x")
+    print(f"\n{output}")
+    if passed == total:
+        print("It is green. Is all the rest? python -m pytest")
+        print("Then compare: --solution")
+    else:
+        print(f"A hint? python .course/exercise.py {name} --hint 1")
+
+
+def original() -> str:
+    """taskqueue.py as the course has it, without what a learner has done to it.
+
+    A learner commits taskqueue.py, but hardly anything in .course or .ci. So the latest
+    commit that has changed those has the original.
+    """
+    git = ["git", "-C", str(ROOT)]
+    try:
+        latest = [*git, "log", "-1", "--format=%H", "--", ".course", ".ci"]
+        commit = subprocess.run(latest, capture_output=True, check=True, text=True)
+        show = [*git, "show", f"{commit.stdout.strip()}:taskqueue.py"]
+        return subprocess.run(show, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or a bare download
+        return (ROOT / "taskqueue.py").read_text(encoding="utf-8")
+
+
+def solve(name: str, source: str) -> str:
+    """The module with the solution of an exercise."""
+    solution = read_toml(FOLDER / "solutions" / f"{name}.toml")
+    return edits.apply_edits(source, solution["edit"])
+
+
+def show_solution(name: str) -> None:
+    """Show the solution as a diff, and write the solved file beside the learner's."""
+    before = original()
+    after = solve(name, before)
+    print(edits.diff(before, after))
+    file = ROOT / f"taskqueue_{name}.py"
+    file.write_text(after, encoding="utf-8")
+    print(f"\nThe whole file is {file.name} now, beside your own taskqueue.py.")
+
+
+def table() -> str:
+    """The table for README.md, in Markdown."""
+    lines = ["| name | time | build | sections |", "|---|---|---|---|"]
+    for each in EXERCISES.values():
+        cells = [f"`{each['name']}`", each["time"], each["build"], each["sections"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Do what the command line says."""
+    name, *rest = sys.argv[1:] or [""]
+    if name == "":
+        board()
+    elif name == "--table":
+        print(table(), end="")
+    elif name not in EXERCISES:
+        sys.exit(f"{__doc__}\nThese are the exercises: {', '.join(EXERCISES)}")
+    elif rest[:1] == ["--hint"]:
+        number = int(rest[1]) if rest[1:] else 1
+        for hint in EXERCISES[name]["hints"][:number]:
+            say(hint)
+    elif rest == ["--solution"]:
+        show_solution(name)
+    else:
+        show(name)
+
+
+if __name__ == "__main__":
+    main()
