@@ -372,7 +372,10 @@ def resident_bytes() -> int:
 
 
 class Client:
-    """One server process, and blocking sockets to it: far less work than it gives the server."""
+    """One server process, and blocking sockets to it.
+
+    They have far less work than they give the server.
+    """
 
     def __init__(self, path: str, name: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -402,7 +405,7 @@ class Client:
         return connection
 
     def drive(self, request: bytes, count: int, connections: int = 16) -> Any:
-        """Send `count` requests, `connections` at a time, and return the last answer."""
+        """Send `count` requests, `connections` at a time; return the last answer."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(self.connect()) for _ in range(connections)]
             for _ in range(count // connections):

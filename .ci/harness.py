@@ -134,7 +134,7 @@ class Service:
     def stop(
         self, how: signal.Signals = signal.SIGTERM, seconds: float = 30
     ) -> tuple[int, float]:
-        """Send a signal, wait for the end; return the exit code and how long that took."""
+        """Send a signal, wait for the end; return the exit code and the seconds."""
         began = time.monotonic()
         self.process.send_signal(how)
         return self.process.wait(seconds), time.monotonic() - began
@@ -146,6 +146,13 @@ class Service:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     @property
+    def cpu(self) -> float:
+        """The CPU seconds that it has used."""
+        text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def memory(self) -> int:
         """Resident memory, in KB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -153,7 +160,7 @@ class Service:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """json.loads() that refuses NaN, Infinity and lone surrogates, which are no JSON."""
+    """json.loads() that refuses what is no JSON: NaN, Infinity, lone surrogates."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")

@@ -53,7 +53,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             asyncio._set_running_loop(None)
 
     def iterate(self) -> None:
-        """One turn: what is ready now runs, what that makes ready waits for the next."""
+        """One turn: what is ready now runs. What that makes ready waits."""
         self.stop()
         self.run_forever()
         self.after_iteration()

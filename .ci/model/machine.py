@@ -431,7 +431,7 @@ class QueueMachine(RuleBasedStateMachine):
     # -- the handlers
 
     def begin(self, payload: Any, update_progress: taskqueue.Reporter) -> Attempt:
-        """An attempt begins. Its payload is its own: the next must not see our change."""
+        """An attempt begins. Its payload is its own: the next must see no change."""
         task = self.by_number[payload.model_extra["n"]]
         assert task.payload == payload.model_extra, "the handler sees what was sent"
         payload.model_extra["deep"][0]["er"] = "spoiled"
