@@ -1,26 +1,35 @@
-"""A server whose handlers do everything that a handler should not: `payload["do"]` says what."""
+"""A server whose handlers do everything that a handler should not.
 
-import asyncio, sys, threading, time
+`payload["do"]` says what.
+"""
+
+import asyncio
+import sys
+import threading
+import time
 from typing import Any
 
 import uvicorn
 
 import taskqueue
-from taskqueue import Payload, TaskType, UpdateProgress
+from taskqueue import Payload, Reporter, TaskType
 
 
 class Rude(BaseException):
     """Not even an Exception."""
 
+
 class Mute(Exception):
     def __str__(self) -> str:
         raise SystemExit("no text")
+
 
 class Hydra(Exception):
     """Its repr and its str are too long, and not even UTF-8."""
 
     def __str__(self) -> str:
         return "\ud800\n\x1b[31m" * 100_000
+
 
 class Trap:
     """Looks like something that JSON could carry."""
@@ -31,13 +40,16 @@ class Trap:
     def __repr__(self) -> str:
         raise KeyboardInterrupt
 
+
 def recurse(depth: int = 0) -> int:
     return recurse(depth + 1) + 1
+
 
 def circle() -> list[Any]:
     ring: list[Any] = []
     ring.append(ring)
     return ring
+
 
 def deep(levels: int) -> Any:
     value: Any = 0
@@ -45,8 +57,10 @@ def deep(levels: int) -> Any:
         value = [value]
     return value
 
+
 def throw(error: BaseException) -> None:
     raise error
+
 
 MISDEEDS: dict[str, Any] = {  # what each of them does ends in a failed task
     "raise": lambda: throw(ValueError("no")),
@@ -68,7 +82,7 @@ MISDEEDS: dict[str, Any] = {  # what each of them does ends in a failed task
     "return a circle": circle,
     "return a depth": lambda: deep(100_000),
     "return more depth than can be shown": lambda: deep(210),
-    "return a huge number": lambda: 10 ** 10_000,
+    "return a huge number": lambda: 10**10_000,
     "return bytes": lambda: b"\xff\xfe",
     "return a trap": Trap,
     "return a function": lambda: recurse,
@@ -77,11 +91,14 @@ MISDEEDS: dict[str, Any] = {  # what each of them does ends in a failed task
     "return a module": lambda: {"a": asyncio},
 }
 
-def from_threads(update_progress: UpdateProgress) -> dict[str, int]:
+
+def from_threads(update_progress: Reporter) -> dict[str, int]:
     """Ten threads report progress, all at once; nothing of that may break."""
+
     def report() -> None:
         for percent in range(100):
             update_progress(percent)
+
     threads = [threading.Thread(target=report) for _ in range(10)]
     for thread in threads:
         thread.start()
@@ -89,7 +106,8 @@ def from_threads(update_progress: UpdateProgress) -> dict[str, int]:
         thread.join()
     return {"reported": 1000}
 
-async def bad(payload: Payload, update_progress: UpdateProgress) -> Any:
+
+async def bad(payload: Payload, update_progress: Reporter) -> Any:
     match payload.model_extra["do"]:  # type: ignore[index]
         case "nothing":
             return "done"
@@ -123,7 +141,8 @@ async def bad(payload: Payload, update_progress: UpdateProgress) -> Any:
         case what:
             return MISDEEDS[what]()
 
-def bad_in_thread(payload: Payload, update_progress: UpdateProgress) -> Any:
+
+def bad_in_thread(payload: Payload, update_progress: Reporter) -> Any:
     match payload.model_extra["do"]:  # type: ignore[index]
         case "nothing":
             return "done"
@@ -136,8 +155,13 @@ def bad_in_thread(payload: Payload, update_progress: UpdateProgress) -> Any:
         case what:
             return MISDEEDS[what]()
 
+
 if __name__ == "__main__":
     port, workers = int(sys.argv[1]), int(sys.argv[2])
-    settings = taskqueue.Settings(max_workers=workers, drain_seconds=1, backoff_base=0.01)
-    app = taskqueue.create_app(settings, {TaskType.SEND_EMAIL: bad, TaskType.GENERATE_REPORT: bad_in_thread})
-    uvicorn.run(app, port=port, log_level="warning")
+    settings = taskqueue.Settings(
+        max_workers=workers, drain_seconds=1, backoff_base=0.01
+    )
+    app = taskqueue.create_app(
+        settings, {TaskType.SEND_EMAIL: bad, TaskType.GENERATE_REPORT: bad_in_thread}
+    )
+    uvicorn.run(app, port=port, http="h11", log_level="warning")

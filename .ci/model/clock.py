@@ -1,4 +1,7 @@
-"""An event loop whose clock is turned by hand: hours of backoff take milliseconds, and no test sleeps."""
+"""An event loop whose clock is turned by hand.
+
+Hours of backoff take milliseconds, and no test sleeps.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,10 +11,11 @@ T = TypeVar("T")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time stands still while anything is ready to run, and jumps from timer to timer in `advance`.
+    """Time stands still while anything is ready to run; `advance` jumps to the timers.
 
-    It is driven from outside, one iteration at a time, so that a test can look at, and act on, any moment between two
-    of them. `after_iteration` is called after each."""
+    It is driven from outside, one iteration at a time, so that a test can look at, and
+    act on, any moment between two of them. `after_iteration` is called after each.
+    """
 
     STEPS = 10_000  # more iterations than that without a rest are a livelock
 
@@ -26,7 +30,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.now
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call `function` in the running loop, in an iteration of its own, and return or raise what it does."""
+        """Call `function` in an iteration of its own; return or raise what it does."""
         answer: asyncio.Future[T] = self.create_future()
 
         def callback() -> None:
@@ -40,8 +44,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self.iterate()
         return answer.result()
 
+    def peek(self, function: Callable[[], T]) -> T:
+        """Call `function` as if from inside of the loop, without turning it."""
+        asyncio._set_running_loop(self)
+        try:
+            return function()
+        finally:
+            asyncio._set_running_loop(None)
+
     def iterate(self) -> None:
-        """One turn of the loop: what is ready now runs, what it makes ready waits for the next turn."""
+        """One turn: what is ready now runs. What that makes ready waits."""
         self.stop()
         self.run_forever()
         self.after_iteration()
@@ -49,7 +61,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     @property
     def next_timer(self) -> float:
         """When the first live timer is due; infinity if there is none."""
-        return min((timer.when() for timer in self._scheduled if not timer.cancelled()), default=float("inf"))
+        live = (timer.when() for timer in self._scheduled if not timer.cancelled())
+        return min(live, default=float("inf"))
 
     @property
     def is_quiet(self) -> bool:
@@ -65,7 +78,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def advance(self, seconds: float) -> None:
         """Turn the clock on by `seconds`, stopping at each timer on the way."""
-        until = self.now + seconds
+        self.advance_to(self.now + seconds)
+
+    def advance_to(self, until: float) -> None:
+        """Turn the clock on to that time, stopping at each timer on the way."""
         self.settle()
         while (due := self.next_timer) <= until:
             self.now = due
