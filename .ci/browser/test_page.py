@@ -1111,6 +1111,6 @@ def test_take_a_picture(serve, visit, scheme):
     expect(rows(page, "finished").nth(11)).to_be_attached()
     folder = Path(os.environ["SCREENSHOTS"])
     folder.mkdir(exist_ok=True)
-    path = folder / f"page-{scheme}.png"
+    path = folder / f"dashboard-{scheme}.png"
     page.screenshot(path=path)
     assert path.stat().st_size < 250_000
