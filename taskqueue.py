@@ -248,8 +248,8 @@ class ResizeImagePayload(Payload):
     """For TaskType.RESIZE_IMAGE. Width and height are in pixels."""
 
     url: str = "https://example.com/cat.jpg"
-    width: int = Field(800, ge=1)
-    height: int = Field(600, ge=1)
+    width: int = Field(default=800, ge=1)
+    height: int = Field(default=600, ge=1)
 
 
 class GenerateReportPayload(Payload):
@@ -340,11 +340,13 @@ class TaskSubmission(BaseModel):
 
     # JSON has no enums: the text "send_email" must be turned into one. Hence not strict.
     task_type: TaskType = Field(strict=False, description="which handler does it")
-    payload: dict[str, Any] = Field({}, json_schema_extra=show_payloads)
-    priority: Priority = Field(Priority.MEDIUM, strict=False, description="1, 5 or 10")
-    max_retries: int = Field(0, ge=0, le=10, description="attempts after the first one")
-    timeout: float = Field(60, gt=0, le=3600, description="seconds for one attempt")
-    delay: float = Field(0, ge=0, le=86_400, description="seconds before it may start")
+    payload: dict[str, Any] = Field(default={}, json_schema_extra=show_payloads)
+    priority: Priority = Field(default=Priority.MEDIUM, strict=False)
+    max_retries: int = Field(default=0, ge=0, le=10, description="further attempts")
+    timeout: float = Field(default=60, gt=0, le=3600, description="seconds for each")
+    delay: float = Field(
+        default=0, ge=0, le=86_400, description="seconds to wait first"
+    )
 
     # NEW: A validator is a function of ours that Pydantic calls for one field. It
     # returns the value, or raises ValueError with the reason. With mode="before" it
