@@ -1251,8 +1251,7 @@ class TaskQueue:
         """
         self.store.check_caller()
         payload_json = to_json(submission.payload)
-        adapter = self._payload_types.get(submission.task_type, ANY_PAYLOAD)
-        adapter.validate_json(payload_json)
+        self._adapter(submission.task_type).validate_json(payload_json)
 
         fingerprint = self._fingerprint(submission, idempotency_key)
         earlier = self.store.by_key.get(idempotency_key)
@@ -1286,6 +1285,10 @@ class TaskQueue:
         self.store.add(record)
         self._schedule(record, submission.delay)
         return TaskStatus.model_validate(record)
+
+    def _adapter(self, task_type: TaskType) -> TypeAdapter[Any]:
+        """What checks the payloads of that type, and makes a model of them."""
+        return self._payload_types.get(task_type, ANY_PAYLOAD)
 
     def _fingerprint(self, submission: TaskSubmission, key: str | None) -> bytes:
         """32 bytes that are the same for the same submission, and for no other.
@@ -1486,8 +1489,7 @@ class TaskQueue:
 
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
-        adapter = self._payload_types.get(record.task_type, ANY_PAYLOAD)
-        payload = adapter.validate_json(record.payload_json)
+        payload = self._adapter(record.task_type).validate_json(record.payload_json)
         update_progress = self._make_update_progress(record)
         finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
         result_json: bytes = await process_task(
