@@ -30,8 +30,9 @@ TWO IDEAS CARRY THE FILE
 
 2.  Look, then wait. Some coroutines wait for something: a stream waits for news. It
     looks first. If there is nothing new, it waits for a signal, and looks again. The
-    signal only says "something has changed". It carries no message. So no message can
-    be lost, come twice, or pile up in memory.
+    signal only says "something has changed". What counts is the state, and that is
+    always there to look at. No messages are sent, so none can be lost, come twice, or
+    pile up in memory.
 
 
 THE MAP. Read from top to bottom: each section uses only what stands above it. At the
@@ -57,14 +58,17 @@ the line `# First reading.` above it. Leave the rest for a second time.
     handler · process_task · run_in_thread · send_email
     TRANSITIONS · Signal · TaskRecord · TaskStore: move · changed · _watch
     backoff_delay · TaskQueue: __aenter__ · submit · cancel · _schedule · _make_ready
-    worker_loop · _attempt · _interrupt · _settle · __aexit__
+    worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle · __aexit__
     RequestMiddleware
-    submit_task · get_task · cancel_task · event_stream · stream_task · create_app
+    submit_task · get_task · cancel_task · event_stream · stream_task · task_frames
+    end_watches_at_a_signal · create_app
 
 THE WORDS
 
     task          one piece of work that a client has asked for
     handler       the function that does the work of one task type
+    backoff       the wait before a retry; it grows, and it is random
+    evicted       forgotten, because too many finished tasks are kept
     attempt       one call of a handler for a task; a retry is the next attempt
     slot          the right to run one attempt; there are `max_workers` of them
     ready heap    the tasks that may start; a heap gives its smallest entry first
@@ -174,14 +178,14 @@ class Settings(BaseModel):
     max_workers: int = Field(default=3, ge=1, le=1000, description="attempts at once")
     max_pending: int = Field(default=1000, ge=1, description="tasks that may wait")
     keep_finished: int = Field(default=1000, ge=0, description="ended ones kept")
-    # At a stop, handlers that run may go on for so long.
+    # At a stop, handlers that run may go on for this many seconds.
     drain_seconds: float = Field(default=5.0, ge=0, description="at a stop")
     # A retry waits at most base, 2 x base, 4 x base …, and never longer than cap.
     backoff_base: float = Field(default=0.5, ge=0, description="longest 1st wait")
     backoff_cap: float = Field(default=30.0, ge=0, le=10**9, description="longest wait")
-    # A client that has not read for so long is dropped from its stream.
+    # A client that has not read for this many seconds is dropped from its stream.
     send_timeout: float = Field(default=10.0, gt=0, description="for readers")
-    # A stream without news sends a ping: a proxy closes a connection that is silent.
+    # A stream without news sends pings: a proxy closes a connection that is silent.
     ping_seconds: float = Field(default=15.0, gt=0, description="between pings")
     max_body: int = Field(default=65_536, ge=1, description="bytes of a body")
     max_result: int = Field(default=65_536, ge=1, description="bytes of a result")
@@ -190,7 +194,7 @@ class Settings(BaseModel):
     pace: float = Field(default=1.0, ge=0, description="multiplies their seconds")
 
 
-DEFAULTS = Settings()
+DEFAULTS = Settings()  # for who sets nothing: frozen, so all can share it
 
 
 # ===== Models ======================================================= module 02 =======
@@ -275,7 +279,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 
     Plain JSON is an object with text keys, a list or tuple, text, a finite number,
     True, False or None. Anything else raises ValueError, and so do more than MAX_DEPTH
-    levels. The message says where: "result.rows[3] is of type date, which JSON has
+    levels. The message mostly says where: "result.rows[3] is of type date, which JSON has
     no form for".
 
     `room` is a budget of bytes. Each value takes from it, and hands on what is left:
@@ -306,7 +310,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
             room = check_json(item, f"{where}[{index}]", room, depth + 1)
     elif isinstance(value, str):
         room -= len(value)
-        if room >= 0:
+        if room >= 0:  # else it is refused below
             value.encode()  # UnicodeEncodeError, which is a ValueError, for "\ud800"
     elif isinstance(value, float):
         if not math.isfinite(value):
@@ -324,7 +328,8 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 
 def show_payloads(schema: dict[str, Any]) -> None:
     """Put the fields of all payload models into the API's documentation."""
-    # What a model refers to, as an enum, must be found from the top of the document.
+    # A model that uses an enum points to it by a path, "$ref". The path begins at the top
+    # of the whole API document. So we say where in it this model stands.
     here = "#/components/schemas/TaskSubmission/properties/payload/anyOf"
     schema["anyOf"] = [
         model.model_json_schema(ref_template=f"{here}/{number}/$defs/{{model}}")
@@ -466,7 +471,8 @@ Handlers = Mapping[TaskType, Handler]
 HANDLERS: dict[TaskType, Handler] = {}  # filled by @handler
 
 
-# What is no handler, or missing, gets its payload as a plain dict.
+# For a task type without a valid handler. submit() takes any payload then. Later
+# process_task() raises, and so the task fails with the reason.
 ANY_PAYLOAD = TypeAdapter(dict[str, Any])
 
 
@@ -543,8 +549,8 @@ async def process_task(
 ) -> Any:
     """Call the handler of `task_type`, and return its result.
 
-    The queue gives a payload that is a model already. Who calls this directly, as in a
-    test, can give a dict. It is validated as if it had come as JSON.
+    The queue has made a model of the payload already. Who calls this directly, as in a
+    test, can give a dict. It is validated here, as if it had come as JSON.
 
     What is returned is `finish(result)`. The queue passes a function that makes JSON of
     the result. It is called where the handler has run, so a thread does it for itself.
@@ -572,7 +578,7 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     NEW: A future is a box for one outcome that comes later. There are two kinds. A
     thread may fill the one of concurrent.futures. A coroutine can await asyncio's own.
     asyncio.wrap_future() makes the second out of the first, and ties the two together:
-    a cancel of the one is a cancel of the other.
+    a cancel of the second is a cancel of the first, too.
 
     GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. But its pool has only
     min(32, CPUs + 4) threads. With 8 CPUs, 12 of 40 slots could run. And Python waits
@@ -580,8 +586,8 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     thread of our own has no such limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # This marks it as running. One that is running can't be cancelled: the thread can
-    # always fill it.
+    # This marks it as running, and one that runs can't be cancelled. So here the tie
+    # works one way only. A cancel ends our waiting, and the thread can still fill it.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
@@ -715,8 +721,9 @@ class Signal:
 
     NEW: An asyncio.Event is a flag that coroutines can wait for. `await event.wait()`
     waits until somebody calls `event.set()`. It then stays set until it is cleared.
-    When to clear it is a hard question. So each event here is used once: fire() sets
-    it and drops it, and whoever waits after that makes a new one.
+    Clear it too early, and one that has not had its turn yet misses it. Clear it too
+    late, and the next one doesn't wait. So each event here is used once: fire() sets it
+    and drops it, and whoever waits after that makes a new one.
     """
 
     __slots__ = ("_event",)  # there is one for each task: keep it small
@@ -727,7 +734,7 @@ class Signal:
     def fire(self) -> None:
         """Wake those who wait now."""
         if self._event is not None:
-            self._event.set()
+            self._event.set()  # those who wait have it in their hands
             self._event = None
 
     async def wait(self) -> None:
@@ -811,7 +818,7 @@ class TaskStore:
         self.by_change: dict[str, TaskRecord] = {}
         # In order of entering that status.
         self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
-        self.by_key: dict[str | None, TaskRecord] = {}  # by idempotency key; never None
+        self.by_key: dict[str | None, TaskRecord] = {}  # by idempotency key
         self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
     # -- To read ------------------------------------------------------------------------
@@ -888,7 +895,8 @@ class TaskStore:
 
         GOTCHA [terminal-is-final]: a cancel and a result can come in the same turn.
         Where each just writes its status, the later one wins, and a stream sends two
-        ends. Here the first one wins. A second one raises IllegalTransition.
+        ends. Here the first one wins. A second one raises IllegalTransition. The callers
+        look first, so that shows a bug.
         """
         if status not in TRANSITIONS[record.status]:
             raise IllegalTransition(f"{record.id}: {record.status} → {status}")
@@ -950,7 +958,8 @@ class TaskStore:
     # GOTCHA [snapshot-then-subscribe]: read the state first and subscribe then, and a
     # change between the two is lost. Subscribe first, and old events follow a newer
     # state: progress runs backwards. Here nobody subscribes. Look, and if there is
-    # nothing new, wait. There is no await between the two, so nothing can slip in.
+    # nothing new, wait. Nothing can slip in between: `await` runs a coroutine at once,
+    # and the turn is given up only inside of it, when the Event is there already.
     #
     # NEW: `yield` in an `async def` makes an async generator. `async for` takes from it
     # what it yields, one by one. In between, the generator stands still at its `yield`.
@@ -999,8 +1008,8 @@ class TaskStore:
 # wait for it. Make an asyncio task of it if it shall run while you go on.
 #
 # WHY one loop with a counter of free slots, and not N workers that each take one task
-# after another? N workers are right as well. But so there is one place where a task is
-# chosen, and one where the free slots are counted.
+# after another? N workers are right as well. But this way there is one place where a
+# task is chosen, and one where the free slots are counted.
 
 
 # First reading.
@@ -1020,7 +1029,7 @@ def whole_percent(percent: float) -> int:
     """A handler's progress as a whole number from 0 to 100.
 
     Any real number will do: a Decimal, a Fraction, one of numpy's. Raises ValueError
-    for one outside of 0 to 100, for NaN, and for what is no number (True is none).
+    for one outside of 0 to 100, for NaN, and for what is no number, as text or True.
 
     GOTCHA [rounded-progress]: `done += 100 / 7`, seven times, is 100.00000000000001.
     To refuse that fails a task whose work is done. So we round before we check.
@@ -1059,12 +1068,13 @@ LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<froz
 
 
 def explain(error: BaseException) -> tuple[str, str, bool]:
-    """Say in text what happened, and let go of everything that the exception holds.
+    """Say in text what happened, and let go of what the exception holds on to.
 
     Returns the error for the client, the traceback for the log, and whether a retry
     makes sense. Nothing can be relied on here: an exception's own `__str__` can raise,
     and so can the `__name__` of its class. An attempt must be settled all the same.
     """
+    # type.__repr__: the class without any code of the class.
     text = f"{type.__repr__(type(error))}, which can't be shown"
     report = ""
     retry = True
@@ -1075,7 +1085,7 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
         text = text.encode(errors="backslashreplace").decode()
         report = "".join(traceback.format_exception(error))[-10_000:]
     except BaseException:
-        report = "An exception of the exception itself keeps its traceback from us."
+        report = "No traceback: to read the exception raised another one."
     finally:
         with contextlib.suppress(BaseException):
             forget_frames(error)
@@ -1147,7 +1157,7 @@ def forget_frames(error: BaseException) -> None:
         if each is None or id(each) in seen:
             continue
         seen.add(id(each))
-        BaseException.with_traceback(each, None)  # also if `each` is frozen
+        BaseException.with_traceback(each, None)  # its class may be frozen
         todo += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             todo += each.exceptions
@@ -1158,6 +1168,8 @@ def forget_frames(error: BaseException) -> None:
 
 class TaskQueue:
     """The queue: `async with TaskQueue(settings, handlers) as queue: ...`
+
+    NEW: `async with` awaits `__aenter__()` at its start, and `__aexit__()` at its end.
 
     It runs while the block lasts. At the end of the block it stops (see `__aexit__`),
     and cancels what still waits: call `await queue.join()` before, to let all end.
@@ -1251,6 +1263,7 @@ class TaskQueue:
         """
         self.store.check_caller()
         payload_json = to_json(submission.payload)
+        # Only a check. Each attempt makes a model of its own from the text.
         self._adapter(submission.task_type).validate_json(payload_json)
 
         fingerprint = self._fingerprint(submission, idempotency_key)
@@ -1401,8 +1414,8 @@ class TaskQueue:
         GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
         entry of a cancelled task stays until worker_loop takes it out and drops it.
         But while all slots are taken, it takes out nothing. Clients that submit and
-        cancel all day then fill the memory. So once two thirds of the heap are dead,
-        all is taken out, and what still waits is put back. (100: not for a few.)
+        cancel all day then fill the memory. So once more than half of the heap is dead
+        (and over 100 entries), all is taken out, and what still waits is put back.
         """
         size = self._heap.qsize()
         if size > 100 + 2 * self.store.count(Status.PENDING):
@@ -1426,18 +1439,16 @@ class TaskQueue:
             _, _, record = await self._heap.get()
             while record.status is not Status.PENDING:  # cancelled: a dead entry
                 _, _, record = await self._heap.get()
-            # Its first step is due, so the event loop has a strong reference to it. In
-            # that step the attempt notes itself in the record.
+            # Nobody keeps it here. Its first step is due, so for now the event loop has
+            # a strong reference to it. In that step it notes itself in the record.
             asyncio.create_task(self._attempt(record))
 
     # First reading.
     async def _attempt(self, record: TaskRecord) -> None:
         """Call the handler once, and settle what comes of it.
 
-        A task becomes `running` in here, in the first step, and not in worker_loop.
-
-        Between worker_loop and that step the task is still `pending`, but it is no
-        longer in the heap.
+        A task becomes `running` in here, in the first step, and not in worker_loop. Until
+        then it is still `pending`, although it is no longer in the heap.
 
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
         first step runs none of its code, and no `finally`. If worker_loop marked the
@@ -1459,17 +1470,18 @@ class TaskQueue:
         result_json = b"null"
         error: str | None = None
         report = ""
-        retry = False  # these three count only if there is an exception
+        retry = False  # the report and this count only after an exception
         try:
             result_json = await self._run_handler(record)
         except BaseException as exception:
             error, report, retry = explain(exception)
-        finally:
+        finally:  # nobody can take the slot before all is settled: there is no await
             self._slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
         self._log(record, report)
 
+    # First reading.
     def _begin(self, record: TaskRecord) -> None:
         """Note that an attempt begins, and set its deadline."""
         record.attempt += 1
@@ -1487,6 +1499,7 @@ class TaskQueue:
         loop = asyncio.get_running_loop()
         record.timer = loop.call_later(record.timeout, self._time_out, record)
 
+    # First reading.
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
         payload = self._adapter(record.task_type).validate_json(record.payload_json)
@@ -1520,8 +1533,9 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
-            # A next attempt would reset these two. But it can't begin before this
-            # thread has ended.
+            # A next attempt resets these two. But that of a plain `def` handler can't
+            # begin before its thread has ended. (A thread that an `async def` has left
+            # running is not stopped. What it reports is dropped in _note_progress().)
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1575,14 +1589,15 @@ class TaskQueue:
     def _settle(
         self, record: TaskRecord, result_json: bytes, error: str | None, retry: bool
     ) -> None:
-        """Decide what becomes of a task whose attempt has ended. The first row counts:
+        """Decide what becomes of a task whose attempt has ended. The first row that fits:
 
             a cancel was asked for                      →  cancelled
             the handler returned, in time               →  completed
             it failed, and may be tried again           →  pending, with a backoff
             it failed                                   →  failed
 
-        A handler that ends after its time was up has failed, whatever it returns.
+        A handler that ends after its time was up has failed, whatever it returns or
+        raises, and it may be tried again.
 
         GOTCHA [whose-timeout]: what comes out of a handler doesn't say why. A
         TimeoutError may be our deadline, or that of the handler's own HTTP client. A
@@ -1592,11 +1607,11 @@ class TaskQueue:
         """
         record.asyncio_task = None
         if record.status is not Status.RUNNING:
-            return  # left behind by a stop, which has ended it: see _cancel_all()
+            return  # its handler went on after a stop had given up on it
         if record.cancel_requested:
             self.store.move(record, Status.CANCELLED)
             return
-        if record.timed_out:  # whatever it has raised, or returned
+        if record.timed_out:
             error = f"TimeoutError: no result within {record.timeout:g} s"
             retry = True
         record.error = error
@@ -1703,7 +1718,7 @@ class TaskQueue:
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write. But
 # it runs the rest of the app in a second asyncio task, and hands each piece of the
 # answer from that one to this. So a context variable that a route sets is unknown here:
-# it was set in the other asyncio task. Each frame of a stream makes a detour. And when
+# it was set in the other asyncio task. Each piece of a stream makes a detour. And when
 # a client hangs up, two asyncio tasks must be stopped in the right order. A plain ASGI
 # class, as below, starts no asyncio task at all.
 
@@ -1783,7 +1798,7 @@ class RequestMiddleware:
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))
-            # FastAPI is reading the body just now, and makes a 413 of this exception. If
+            # It is FastAPI that calls this, so it gets the exception, and answers 413. If
             # the answer has begun, it is too late for a 413.
             if body_size > self.max_body and not answer_started:
                 raise HTTPException(413, f"The body has over {self.max_body} bytes")
@@ -1820,7 +1835,7 @@ class RequestMiddleware:
             _, report, _ = explain(error)
             logger.error("[%s] unhandled exception%s", request_id, indent(report))
             answer = JSONResponse({"detail": "Internal Server Error"}, 500)
-            await answer(scope, receive, send_with_id)
+            await answer(scope, receive, send_with_id)  # an answer is an ASGI app, too
 
     def _request_id(self, scope: Scope) -> str:
         """The client's own id if it is harmless, else a new one.
@@ -1871,7 +1886,7 @@ class Problem(BaseModel):
 
 
 def no_success(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What else a route may answer, for the API's documentation."""
+    """What else a route may answer, for the API's documentation. ({}: without a body.)"""
     return {status: {"model": Problem} for status in statuses}
 
 
@@ -2006,8 +2021,8 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     for `send_timeout` seconds is dropped, with what it holds.
 
     When the process is told to stop, sse-starlette cuts each stream off after a grace
-    period. Ours is endless, because our streams end by themselves as soon as the queue
-    is closed.
+    period. We make that endless, because our streams end by themselves: as soon as the
+    queue is closed.
     """
     return EventSourceResponse(
         frames,
@@ -2050,13 +2065,15 @@ async def stream_task(
     return event_stream(queue, task_frames(queue.watch(task_id, sent)))
 
 
+# First reading.
 async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     """The frames of one task's stream.
 
-    NEW: A client may hang up while this generator stands at its `yield`. Then it is
-    closed: Python raises GeneratorExit there. That doesn't close `states`, from which
-    it reads. aclosing() does, at the end of its block. So the `finally` in _watch() runs
-    at once.
+    NEW: When a client hangs up, its asyncio task is cancelled. Mostly that one waits in
+    _watch(): CancelledError comes up there, and the `finally` runs. But it may be in the
+    middle of a send, while this generator stands at its `yield`. Then the generator is
+    closed: Python raises GeneratorExit there. That doesn't close `states`, from which it
+    reads. aclosing() does, at the end of its block.
     """
     ended = False
     async with contextlib.aclosing(states):
@@ -2127,7 +2144,7 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
 
 async def answer_queue_error(request: Request, error: Exception) -> Response:
     """Say what the queue has refused, with the status code from the table."""
-    assert isinstance(error, QueueError)
+    assert isinstance(error, QueueError)  # for the type checker
     status = HTTP_STATUS[type(error)]
     detail: Any = str(error)
     if status == 422:  # in the shape of every other 422: a list
@@ -2145,7 +2162,7 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If
     that is a NaN, the answer can't be encoded, and the client's mistake is our 500.
     """
-    assert isinstance(error, RequestValidationError)
+    assert isinstance(error, RequestValidationError)  # for the type checker
     detail = []
     for problem in error.errors()[:20]:
         message = problem["msg"]
@@ -2170,7 +2187,7 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     If it can't read a body (no UTF-8, or a million brackets), its 400 has no reason. The
     reason is the exception that it came from.
     """
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, HTTPException)  # for the type checker
     detail = str(error.detail)
     if error.status_code == 400 and error.__cause__ is not None:
         detail += f": {error.__cause__}"
@@ -2188,7 +2205,8 @@ def hear_signals() -> None:
 
     When it is imported, it replaces the method `handle_exit` of uvicorn's Server by one
     of its own. With `--reload` or `--workers`, uvicorn has registered the old method by
-    then. So the new one is registered here.
+    then. What is registered is a bound method, and its `__self__` is the server. Asked
+    for once more, that server's `handle_exit` is the new one.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
@@ -2198,6 +2216,7 @@ def hear_signals() -> None:
             signal.signal(number, server.handle_exit)
 
 
+# First reading.
 async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     """Wait for a Ctrl-C or SIGTERM, and end all watches then.
 
@@ -2208,11 +2227,11 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     last frame, and ends. That a signal has come, sse-starlette notes in
     AppStatus.should_exit. This is one flag for the whole process.
 
-    GOTCHA [whose-stop]: a signal is meant for the whole process. But a server can also
-    be ended alone, in a notebook, by a fixture, or by --limit-max-requests. uvicorn has
-    a flag for that on each server, which is called `should_exit`, too. Another server
-    in the process must not be touched then. So who ends a server in that way must call
-    `queue.begin_shutdown()`. The class Server of the demo does so.
+    GOTCHA [whose-stop]: a signal is meant for the whole process. But in a notebook, in
+    a fixture, or by --limit-max-requests, one server is ended alone: uvicorn has a flag
+    for that on each server. This function can't see it. And to obey whatever ends some
+    server would end the streams of another one in the same process. So whoever ends a
+    server in that way calls `queue.begin_shutdown()` first. The demo's Server does.
     """
     while not AppStatus.should_exit:
         await asyncio.sleep(0.1)
@@ -2238,7 +2257,7 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
             try:
                 yield
             finally:
-                lookout.cancel()
+                lookout.cancel()  # it holds nothing, so nobody has to wait for it
 
     app = FastAPI(
         title="taskqueue",
