@@ -126,6 +126,7 @@ def run_tests(source: str, *names: str) -> tuple[int, str]:
             ran = subprocess.run(
                 command,
                 cwd=folder,
+                check=False,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import saq
+
 import taskqueue
 
 queue = saq.Queue.from_url(os.environ.get("REDIS_URL", "redis://127.0.0.1"))

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `python -m pytest` does it anyway, a bare `pytest` not
 
-import taskqueue  # noqa: E402
+import taskqueue
 
 
 class Clock(selectors.DefaultSelector):

@@ -7,6 +7,7 @@ Schedules end with the queue.
 """
 
 import pytest
+
 from taskqueue import HANDLERS
 
 pytestmark = pytest.mark.anyio

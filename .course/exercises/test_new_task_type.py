@@ -6,6 +6,7 @@ stages. It takes a member of TaskType, a payload model, and a decorated function
 """
 
 import pytest
+
 from taskqueue import HANDLERS
 
 pytestmark = pytest.mark.anyio

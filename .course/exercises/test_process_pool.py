@@ -16,6 +16,7 @@ import multiprocessing.connection
 import os
 
 import pytest
+
 from taskqueue import HANDLERS
 
 pytestmark = pytest.mark.anyio
