@@ -113,6 +113,8 @@ class Service:
         for line in lines:
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
+        if "content-length" in headers:  # what follows is another answer
+            body = body[: int(headers["content-length"])]
         return int(first.split()[1]) if first else 0, headers, body
 
     @property
