@@ -2430,7 +2430,7 @@ function connect() {
   late = setTimeout(setState, 2000, "bad", "No connection. A browser has six: close other tabs?");
   source.onopen = () => {
     setState("live", "● live");
-    learnOlder();
+    learnOlder().catch(() => {});  // the server is gone again: onerror says so
   };
   source.onerror = () => {
     setState("gone", "The server is gone. This is what was. Trying again…");
