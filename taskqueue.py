@@ -1048,8 +1048,9 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     """A result as JSON text. Raises BadResult if it is not plain JSON, or too large.
 
     GOTCHA [unbounded-result]: a handler returns 50 MB. They are encoded, in one step of
-    the event loop, kept with the task, and copied for each slow reader. Return a reference instead: a
-    path, an id, an address. The check ends as soon as the limit is passed.
+    the event loop, kept with the task, and copied for each slow reader. Return a
+    reference instead: a path, an id, an address. The check ends as soon as the limit is
+    passed.
     """
     try:
         check_json(result, "result", room=max_bytes)
