@@ -133,7 +133,12 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    StreamingResponse,
+)
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -429,16 +434,17 @@ class TaskStatus(BaseModel):
     # (frozen forbids to assign to a field. This is kept beside the fields.)
 
     @functools.cached_property
-    def progress_json(self) -> str:
+    def progress_json(self) -> bytes:
         """For the stream of this one task."""
         fields = {"status", "progress", "attempt"}
         outcome = {Status.COMPLETED: {"result"}, Status.FAILED: {"error"}}
-        return self.model_dump_json(include=fields | outcome.get(self.status, set()))
+        fields |= outcome.get(self.status, set())
+        return self.model_dump_json(include=fields).encode()
 
     @functools.cached_property
-    def summary_json(self) -> str:
+    def summary_json(self) -> bytes:
         """For the stream of all tasks, on the page. It leaves the payload out."""
-        return self.model_dump_json(exclude={"payload"})
+        return self.model_dump_json(exclude={"payload"}).encode()
 
 
 class TaskList(BaseModel):
@@ -1287,7 +1293,7 @@ class TaskQueue:
             id=secrets.token_hex(16),
             sequence=self.store.submitted,
             created_at=datetime.now(UTC),
-            request_id=request_id,
+            request_id=request_id and printable(str(request_id)),
             idempotency_key=idempotency_key,
             fingerprint=fingerprint,
             payload_json=payload_json,
@@ -1443,6 +1449,8 @@ class TaskQueue:
             # Nobody keeps it here. Its first step is due, so for now the event loop has
             # a strong reference to it. In that step it notes itself in the record.
             asyncio.create_task(self._attempt(record))
+            # Where asyncio starts its tasks eagerly, nothing above has to wait.
+            await asyncio.sleep(0)
 
     # First reading.
     async def _attempt(self, record: TaskRecord) -> None:
@@ -1464,8 +1472,9 @@ class TaskQueue:
         To catch them all is wrong nearly everywhere. It is right here, in the outermost
         function of an asyncio task, where nothing follows but the books.
         """
+        slots = self._slots  # a queue that is entered again has others
         if record.status is not Status.PENDING:  # cancelled since it was taken
-            self._slots.release()
+            slots.release()
             return
         self._begin(record)
         result_json = b"null"
@@ -1477,7 +1486,7 @@ class TaskQueue:
         except BaseException as exception:
             error, report, retry = explain(exception)
         finally:  # nobody can take the slot before all is settled: there is no await
-            self._slots.release()
+            slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
         self._log(record, report)
@@ -1492,8 +1501,6 @@ class TaskQueue:
         record.timed_out = False
         record.started_at = datetime.now(UTC)
         record.asyncio_task = asyncio.current_task()
-        function = self.handlers.get(record.task_type)
-        record.in_thread = function is not None and not is_async(function)
         self.store.move(record, Status.RUNNING)
         # After move(), which stops the old timer. It needs no empty context: it keeps that
         # of the attempt, which lasts as long.
@@ -1503,6 +1510,8 @@ class TaskQueue:
     # First reading.
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
+        function = self.handlers.get(record.task_type)
+        record.in_thread = function is not None and not is_async(function)
         payload = self._adapter(record.task_type).validate_json(record.payload_json)
         update_progress = self._make_update_progress(record)
         finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
@@ -1674,8 +1683,8 @@ class TaskQueue:
             try:
                 await self._wait_for_attempts(self.GRACE_SECONDS)
             finally:
-                self._cancel_all(Status.RUNNING)
-                self._cancel_all(Status.PENDING)  # came back for a retry meanwhile
+                # Pending are those that came back for a retry meanwhile.
+                self._cancel_all(Status.RUNNING, Status.PENDING)
 
     async def _wait_for_attempts(self, seconds: float) -> None:
         """Wait until the worker loop and all attempts have ended, but not longer.
@@ -1687,20 +1696,23 @@ class TaskQueue:
         attempts = [record.asyncio_task for record in running if record.asyncio_task]
         await asyncio.wait([self._worker, *attempts], timeout=seconds)
 
-    def _cancel_all(self, status: Status) -> None:
-        """End all tasks of this status as cancelled.
+    def _cancel_all(self, *statuses: Status) -> None:
+        """End all tasks with one of these statuses as cancelled.
 
         A handler that runs is asked a last time to stop. Nobody waits for it any more,
         nor for its thread.
         """
-        records = list(self.store.by_status[status].values())
-        for record in records:
-            self.store.move(record, Status.CANCELLED)
-        for record in records:
-            if record.asyncio_task is not None:
-                record.asyncio_task.cancel()
-                message = "[%s] task %s doesn't let go: its handler is left behind"
-                logger.warning(message, record.request_id, record.id)
+        left_behind = []
+        for status in statuses:
+            for record in list(self.store.by_status[status].values()):
+                self.store.move(record, Status.CANCELLED)
+                if record.asyncio_task is not None:
+                    record.asyncio_task.cancel()
+                    left_behind.append(record)
+        # To log comes last: a log handler may raise, and then all is done already.
+        message = "[%s] task %s doesn't let go: its handler is left behind"
+        for record in left_behind:
+            logger.warning(message, record.request_id, record.id)
 
 
 # ===== Middleware =================================================== module 07 =======
@@ -1791,6 +1803,10 @@ class RequestMiddleware:
         answer_started = False
         body_size = 0
         request_id = self._request_id(scope)
+        # FastAPI parses the cookies for each route, even if none wants them. In some
+        # versions of Python, 64 KB of backslashes in one take five seconds.
+        headers = [pair for pair in scope["headers"] if pair[0] != b"cookie"]
+        scope["headers"] = headers
         # What stands in the scope's "state" is `request.state` in a route.
         scope.setdefault("state", {})["request_id"] = request_id
 
@@ -1870,6 +1886,7 @@ class RequestMiddleware:
 # SIMPLIFIED: whoever reaches the port may do everything. Production asks who it is.
 
 router = APIRouter()
+PIECE = 65_536  # bytes that are sent at once, more or less
 
 HTTP_STATUS: dict[type[QueueError], int] = {
     TaskNotFound: 404,
@@ -1935,15 +1952,31 @@ async def list_tasks(
 ) -> Response:
     """List the tasks, newest first, a page at a time.
 
-    A task has its whole payload here. A page of 1,000 large ones is 64 MB, and takes
-    some tenths of a second. If yours are large, ask for fewer: `limit`.
+    A task has its whole payload here. A page of 1,000 large ones is 64 MB. If yours are
+    large, ask for fewer: `limit`.
     """
-    # Returned as a model, each payload would be parsed and encoded again. A hundred
-    # large ones take a second, and in that time nobody else is served.
     tasks, total = queue_of(request).list_tasks(status, limit, offset)
-    pieces = b",".join(task.as_json() for task in tasks)
-    body = b'{"tasks":[%b],"total":%d}' % (pieces, total)
-    return Response(body, media_type="application/json")
+    return StreamingResponse(list_pieces(tasks, total), media_type="application/json")
+
+
+async def list_pieces(tasks: list[TaskStatus], total: int) -> AsyncIterator[bytes]:
+    """The JSON of a TaskList, piece by piece.
+
+    WHY not just return a TaskList: each payload would be parsed and encoded again, in
+    one step. A hundred large ones take a second, and nobody else is served meanwhile.
+    And 64 MB would wait in memory for a client that doesn't read. Here the server waits
+    for it after each piece, and others get their turn.
+    """
+    piece = bytearray(b'{"tasks":[')
+    for number, task in enumerate(tasks):
+        if number > 0:
+            piece += b","
+        piece += task.as_json()
+        if len(piece) > PIECE:
+            yield bytes(piece)
+            piece.clear()
+            await asyncio.sleep(0)
+    yield bytes(piece) + b'],"total":%d}' % total
 
 
 # First reading.
@@ -2000,7 +2033,7 @@ def parse_event_id(text: str) -> int:
     return 0
 
 
-def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
+def encode_frame(event: str, data: bytes, version: int | None = None) -> bytes:
     """One frame. `data` is JSON: a line break in a text is written as a \\n there.
 
     No event is named "error": EventSource has one of that name.
@@ -2008,10 +2041,10 @@ def encode_frame(event: str, data: str, version: int | None = None) -> bytes:
     id_line = ""
     if version is not None:
         id_line = f"id: {version}\n"
-    return f"event: {event}\n{id_line}data: {data}\n\n".encode()
+    return f"event: {event}\n{id_line}data: ".encode() + data + b"\n\n"
 
 
-SHUTDOWN_FRAME = encode_frame("shutdown", '{"detail": "The server is stopping"}')
+SHUTDOWN_FRAME = encode_frame("shutdown", b'{"detail": "The server is stopping"}')
 
 
 # First reading.
@@ -2709,7 +2742,6 @@ PAGE = PAGE.replace("TYPES", TYPES)
 # page with a stream for each row has none left for its seventh row, nor for a click.
 
 NEWS = 100  # changes that are sent at once, at most
-PIECE = 65_536  # bytes that are sent at once, at most; or one frame
 HOLD_SECONDS = 0.05  # between two batches to the same reader
 
 
@@ -2761,6 +2793,7 @@ async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
     store.watchers += 1
     try:
         while True:
+            closed = store.closed  # then this batch is the last
             changes = changes_since(store, sent)
             sent = store.version
             if len(changes) == NEWS:
@@ -2773,13 +2806,13 @@ async def all_frames(queue: TaskQueue, sent: int) -> AsyncIterator[bytes]:
                     piece.clear()
                     await asyncio.sleep(0)
                 piece += frame
-            piece += encode_frame("queue", json.dumps(overview(queue)))
+            piece += encode_frame("queue", to_json(overview(queue)))
             yield bytes(piece)
+            if closed:
+                break
             await asyncio.sleep(HOLD_SECONDS)
             while store.version == sent and not store.closed:
                 await store.news.wait()
-            if store.version == sent:
-                break
     finally:
         store.watchers -= 1
     yield SHUTDOWN_FRAME

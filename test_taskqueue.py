@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import uuid
 import weakref
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -41,7 +42,7 @@ import anyio
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from sse_starlette.sse import AppStatus
@@ -2180,6 +2181,102 @@ async def test_queue_with_a_handler_that_has_a_wrong_annotation_fails_its_tasks(
     assert called == []
 
 
+class RaisingLog(logging.Handler):
+    """A log handler without the `try` that logging asks for."""
+
+    def emit(self, record):
+        raise ConnectionError("the log is away")
+
+
+async def test_stop_ends_every_task_also_if_the_log_raises(gate):
+    async def deaf(payload, update_progress):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    log = RaisingLog(logging.WARNING)
+    queue = running(deaf, drain_seconds=0)
+    with pytest.raises(ConnectionError):
+        async with queue:
+            ids = [queue.submit(email()).id for _ in range(2)]
+            await quiet()
+            taskqueue.logger.addHandler(log)
+    taskqueue.logger.removeHandler(log)
+    assert {queue.get_task(task_id).status for task_id in ids} == {"cancelled"}
+    await quiet()
+
+
+async def test_queue_that_is_entered_again_has_as_many_slots_as_before(gate):
+    async def deaf(payload, update_progress):
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(100)
+
+    queue = TaskQueue(
+        Settings(max_workers=1, drain_seconds=0),
+        {TaskType.SEND_EMAIL: deaf, TaskType.RESIZE_IMAGE: HeldGate(gate)},
+    )
+    async with queue:
+        queue.submit(email())
+        await quiet()
+    async with queue:
+        await asyncio.sleep(200)  # on the virtual clock: the deaf one has ended now
+        for _ in range(3):
+            queue.submit(TaskSubmission(task_type="resize_image"))
+        await quiet()
+        assert queue.count(Status.RUNNING) == 1
+
+
+class HeldGate:
+    """A handler that never ends by itself."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    async def __call__(self, payload, update_progress):
+        await asyncio.Event().wait()
+
+
+class BrokenHandlers(dict):
+    """A mapping of handlers that can't give one out: a plugin that doesn't load."""
+
+    def get(self, task_type, default=None):
+        raise ImportError("no such plugin")
+
+
+async def test_queue_settles_a_task_whose_handler_can_not_be_found():
+    handlers = BrokenHandlers({TaskType.SEND_EMAIL: print})
+    async with TaskQueue(Settings(max_workers=1), handlers) as queue:
+        for _ in range(2):
+            task = await until(queue, queue.submit(email()).id)
+            assert task.error.startswith("ImportError: no such plugin")
+
+
+@pytest.mark.parametrize("request_id", [uuid.UUID(int=1), "a\nb", "\ud800"])
+async def test_queue_takes_any_request_id_and_makes_it_harmless(request_id, gate):
+    async with running(gate) as queue:
+        queue.submit(email(), request_id=request_id)
+        [task], _ = queue.list_tasks()
+        assert task.request_id.isprintable()
+
+
+async def test_queue_gives_the_loop_a_turn_between_two_tasks():
+    """Also if each task ends at once and submits the next one."""
+
+    async def successor(payload, update_progress):
+        if len(started) < 1_000:
+            started.append(queue.submit(email()).id)
+
+    started = []
+    async with running(successor) as queue:
+        queue.submit(email())
+        await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(started) < 100
+
+
 async def test_stop_gives_running_handlers_time(gate):
     async with running(gate, drain_seconds=5) as queue:
         task_id = await bring_to("running", queue, gate)
@@ -3590,6 +3687,18 @@ JSON_TYPE = {"Content-Type": "application/json"}
 FINE = b'{"task_type": "send_email"}'
 
 
+async def test_a_cookie_is_not_even_looked_at(gate):
+    """To unquote one of 64 KB takes seconds in some versions of Python."""
+
+    async def cookies_of(request: Request):
+        return request.cookies
+
+    async with serving(gate) as (client, _):
+        client.app.add_api_route("/cookies", cookies_of)
+        answer = await client.get("/cookies", headers={"Cookie": 'a="b"'})
+    assert answer.json() == {}
+
+
 async def test_a_body_over_the_limit_is_413_and_the_limit_is_named():
     async with serving(max_body=100) as (client, _):
         answer = await client.post("/tasks", content=b" " * 101, headers=JSON_TYPE)
@@ -3815,12 +3924,29 @@ async def test_list_of_a_hundred_nasty_payloads_costs_little(gate):
     payload = {"x": [[]] * 20_000}
     async with serving(gate) as (client, queue):
         for _ in range(100):
-            queue.submit(TaskSubmission(task_type="send_email", payload=payload))
+            queue.submit(
+                TaskSubmission(task_type="send_email", payload=payload, delay=60)
+            )
         began = time.process_time()
         answer = await client.get("/tasks")
         seconds = time.process_time() - began
     assert len(answer.content) > 6_000_000
     assert seconds < 0.3  # parsed and encoded anew, it is over a second
+
+
+async def test_list_waits_for_its_reader_after_each_piece(gate):
+    """So a client that doesn't read holds one piece, and not the whole page."""
+    async with serving(gate) as (client, queue):
+        for _ in range(20):
+            queue.submit(email("x" * 60_000, delay=60))
+        async with Stream(client.app, "/tasks") as stream:
+            stream.reading.clear()
+            await quiet()
+            stream.reading.set()
+            await quiet()
+            sizes = [len(m.get("body", b"")) for m in stream.messages._queue]
+    assert sum(sizes) > 1_200_000
+    assert max(sizes) < 130_000
 
 
 async def test_list_by_status_shows_first_what_entered_it_last(gate):
@@ -5302,6 +5428,21 @@ async def test_events_tell_of_the_queue_what_health_tells(gate):
         health = (await client.get("/health")).json()
     assert numbers["data"].items() <= health.items()
     assert numbers["data"]["busy"] == 1
+
+
+async def test_events_end_at_a_stop_although_there_is_always_news(gate):
+    async with serving(gate) as (client, queue):
+        task_id = await bring_to("running", queue, gate)
+        async with Stream(client.app, "/events") as stream:
+            await read_batch(stream)
+            queue.begin_shutdown()
+            for percent in range(1, 90):
+                gate.report["it"](percent)
+                await asyncio.sleep(0.02)
+            frames = [frame["event"] for frame in await stream.rest()]
+        assert queue.get_task(task_id).status == "running"
+    assert frames[-1] == "shutdown"
+    assert len(frames) < 8
 
 
 async def test_events_ids_grow_over_all_tasks(gate):
