@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".course"))
 
+import edits
 import exercise
 
 MODULE = (ROOT / "taskqueue.py").read_text(encoding="utf-8")
@@ -63,8 +64,11 @@ def check(name: str) -> str:
         summary = red.strip().splitlines()[-1]
         demand("error" not in summary, "it should fail, and not break", red)
 
-        module = Path(folder, "taskqueue.py")
-        module.write_text(exercise.solve(name, MODULE), encoding="utf-8")
+        try:
+            solved = exercise.solve(name, MODULE)
+        except edits.EditError as error:
+            raise Wrong(f"the solution does not fit: {error}") from error
+        Path(folder, "taskqueue.py").write_text(solved, encoding="utf-8")
         code, green = run(folder, *pytest, tests)
         demand(code == 0, "it should be green with the solution", green)
         code, suite = run(folder, *pytest, "-x", "test_taskqueue.py", *left_out)
