@@ -186,7 +186,7 @@ def check(names: list[str]) -> None:
         if not can_run(name):
             print(f"left out, because it needs {BREAKS[name]['needs']}: {name}")
     names = [name for name in names if can_run(name)]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(4) as pool:  # some of them mostly wait
         outcomes = pool.map(lambda name: run_tests(apply(name), name), names)
         for name, (code, output) in zip(names, outcomes, strict=True):
             if code == 1:

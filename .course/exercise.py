@@ -55,7 +55,6 @@ def run_tests(name: str, *options: str) -> tuple[int, int, str]:
         cwd=ROOT,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},  # where brief.py is
-        check=False,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
