@@ -71,21 +71,22 @@ def run_tests(name: str, *options: str) -> tuple[int, int, str]:
 def board() -> None:
     """Run the tests of all exercises, and show where you stand."""
     print("The tests of all exercises run. It takes some 15 seconds.", flush=True)
+    red = []
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(run_tests, EXERCISES)
-        for entry, (passed, total, output) in zip(
-            EXERCISES.values(), outcomes, strict=True
+        for (name, entry), (passed, total, output) in zip(
+            EXERCISES.items(), outcomes, strict=True
         ):
             if total == 0:
                 sys.exit(f"taskqueue.py can't be tested:\n{output}")
             color = "green" if passed == total else "red"
             count = f"{passed} of {total}"
-            print(
-                f"\n{color:5}  {entry['name']:14} {count:9} {entry['time']}", flush=True
-            )
+            print(f"\n{color:5}  {name:14} {count:9} {entry['time']}", flush=True)
             if passed < total:
+                red.append(name)
                 say(entry["hints"][0], indent=" " * 7)
-    print("\nThe next step: python .course/exercise.py", next(iter(EXERCISES)))
+    if red:
+        print(f"\nThe next step: python .course/exercise.py {red[0]}")
 
 
 def show(name: str) -> None:

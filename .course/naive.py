@@ -45,7 +45,7 @@ def update(task, **changes):
 async def do_the_work(task):
     for step in range(1, 5):
         if task.task_type == "generate_report":
-            time.sleep(0.25)  # noqa: ASYNC251  (it stands for a library that blocks)
+            time.sleep(0.25)  # a library that blocks
         else:
             await asyncio.sleep(0.25)
         if str(task.payload.get("to")).endswith(".invalid"):
