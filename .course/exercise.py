@@ -57,14 +57,15 @@ def run_tests(name: str, *options: str) -> tuple[int, int, str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},  # where brief.py is
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
     )
-    last_line = ran.stdout.strip().rpartition("\n")[2]  # "2 failed, 4 passed in 0.31s"
     counts = {"passed": 0, "failed": 0, "error": 0}
-    for number, word in re.findall(r"(\d+) (passed|failed|error)", last_line):
-        counts[word] = int(number)
+    summary = re.search(r"^(\d+ .*) in [\d.]+s", ran.stdout, re.MULTILINE)
+    if summary:  # "2 failed, 4 passed in 0.31s"
+        for number, word in re.findall(r"(\d+) (passed|failed|error)", summary[1]):
+            counts[word] = int(number)
     if counts["passed"] + counts["failed"] == 0:
         sys.exit(f"taskqueue.py can't be tested:\n{ran.stdout}")
     return counts["passed"], sum(counts.values()), ran.stdout
