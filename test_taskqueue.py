@@ -2261,22 +2261,6 @@ async def test_queue_takes_any_request_id_and_makes_it_harmless(request_id, gate
         assert task.request_id.isprintable()
 
 
-async def test_queue_gives_the_loop_a_turn_between_two_tasks():
-    """Also if each task ends at once and submits the next one."""
-
-    async def successor(payload, update_progress):
-        if len(started) < 1_000:
-            started.append(queue.submit(email()).id)
-
-    started = []
-    async with running(successor) as queue:
-        queue.submit(email())
-        await asyncio.sleep(0)
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert len(started) < 100
-
-
 async def test_stop_gives_running_handlers_time(gate):
     async with running(gate, drain_seconds=5) as queue:
         task_id = await bring_to("running", queue, gate)
@@ -3281,6 +3265,24 @@ async def test_eager_tasks_change_nothing_for_a_handler_that_cancels_itself(fact
         task_id = queue.submit(email()).id
         await queue.join()
         assert queue.get_task(task_id).status == "cancelled"
+
+
+@pytest.mark.parametrize("factory", TASK_FACTORIES)
+async def test_eager_tasks_give_the_loop_a_turn_between_two_of_ours(factory):
+    """Also if each task ends at once and submits the next one."""
+
+    async def successor(payload, update_progress):
+        if len(started) < 1_000:
+            started.append(queue.submit(email()).id)
+
+    asyncio.get_running_loop().set_task_factory(factory)
+    started = []
+    async with running(successor) as queue:
+        queue.submit(email())
+        await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(started) < 100
 
 
 @pytest.mark.parametrize("factory", TASK_FACTORIES)
