@@ -1060,9 +1060,9 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     """
     try:
         check_json(result, "result", room=max_bytes)
+        encoded = to_json(result)
     except ValueError as error:
         raise BadResult(str(error)) from None
-    encoded = to_json(result)
     if len(encoded) > max_bytes:
         raise BadResult(
             f"more than max_result ({max_bytes} bytes): return a path or an id"
