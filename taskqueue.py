@@ -785,7 +785,6 @@ class TaskRecord:
 
     # While an attempt runs.
     asyncio_task: "asyncio.Task[None] | None" = None
-    in_thread: bool = False  # its handler is a plain `def`
     cancel_requested: bool = False
     timed_out: bool = False
 
@@ -1510,8 +1509,6 @@ class TaskQueue:
     # First reading.
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
-        function = self.handlers.get(record.task_type)
-        record.in_thread = function is not None and not is_async(function)
         payload = self._adapter(record.task_type).validate_json(record.payload_json)
         update_progress = self._make_update_progress(record)
         finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
@@ -1592,7 +1589,9 @@ class TaskQueue:
         it never calls that, it runs to its end and keeps its slot, whatever the timeout
         says.
         """
-        if record.asyncio_task is not None and not record.in_thread:
+        function = self.handlers.get(record.task_type)
+        in_thread = function is not None and not is_async(function)
+        if record.asyncio_task is not None and not in_thread:
             record.asyncio_task.cancel()
 
     # First reading.
