@@ -2978,7 +2978,10 @@ class Tour:
         self.left = len(steps)
         for number, step in enumerate(steps, start=1):
             self.take(f"\nStep {number} of {len(steps)}", step)
-        self.say(f"\nThe tour is over. {self.left} of its steps did not hold.")
+        verdict = "every step held"
+        if self.left > 0:
+            verdict = f"{self.left} of its steps did not hold"
+        self.say(f"\nThe tour is over: {verdict}.")
         self.server.should_exit = self.once
         self.say("The server goes on, until Ctrl-C.")
         logging.disable(logging.NOTSET)  # from here on, all is logged
