@@ -3736,6 +3736,12 @@ async def test_a_stream_ignores_a_large_body_that_nobody_asked_for(gate):
     assert answer.status_code == 200
 
 
+async def test_a_list_ignores_a_large_body_that_nobody_asked_for(gate):
+    async with serving(gate, max_body=100) as (client, _):
+        answer = await client.request("GET", "/tasks", content=b" " * 101)
+    assert answer.json() == {"tasks": [], "total": 0}
+
+
 # ===== Routes =========================================================================
 # The contract, call by call: what goes well, and what is refused.
 
