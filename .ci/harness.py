@@ -115,6 +115,8 @@ class Service:
             headers[name.strip().lower()] = value.strip()
         if "content-length" in headers:  # what follows is another answer
             body = body[: int(headers["content-length"])]
+        elif headers.get("transfer-encoding") == "chunked":
+            body = joined(body)
         return int(first.split()[1]) if first else 0, headers, body
 
     @property
@@ -159,6 +161,17 @@ class Service:
         """Resident memory, in KB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+def joined(chunks: bytes) -> bytes:
+    """The body that was sent in chunks; as much of it as has come."""
+    body = b""
+    while chunks:
+        size, _, rest = chunks.partition(b"\r\n")
+        length = int(size, 16)
+        body += rest[:length]
+        chunks = rest[length + 2 :]
+    return body
 
 
 def strict_json(text: str | bytes) -> Any:
