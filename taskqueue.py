@@ -477,11 +477,6 @@ Handlers = Mapping[TaskType, Handler]
 HANDLERS: dict[TaskType, Handler] = {}  # filled by @handler
 
 
-# For a task type without a valid handler. submit() takes any payload then. Later
-# process_task() raises, and so the task fails with the reason.
-ANY_PAYLOAD = TypeAdapter(dict[str, Any])
-
-
 class DoNotRetry(Exception):
     """A handler raises this where a retry is useless: the task fails now."""
 
@@ -509,6 +504,11 @@ def payload_type(function: Handler) -> TypeAdapter[Any]:
     except Exception as error:
         text = f"{function!r} can't be called as handler(payload, update_progress)"
         raise TypeError(f"{text}: {error}") from error
+
+
+# For a task type without a valid handler. submit() takes any payload then. Later
+# process_task() raises, and so the task fails with the reason.
+ANY_PAYLOAD = TypeAdapter(dict[str, Any])
 
 
 # First reading.
@@ -578,13 +578,15 @@ async def process_task(
 async def run_in_thread(function: Callable[[], Any]) -> Any:
     """Call the function in a new thread; return what it returns, raise what it raises.
 
-    Nobody can interrupt a thread. If whoever awaits this is cancelled, the thread runs
-    on, and its outcome is dropped. The queue does that only at its stop.
+    NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the `await`
+    where it waits. A coroutine can be interrupted in this way. A thread can't. If
+    whoever awaits this is cancelled, the thread runs on, and its outcome is dropped. The
+    queue does that only at its stop.
 
     NEW: A future is a box for one outcome that comes later. There are two kinds. A
     thread may fill the one of concurrent.futures. A coroutine can await asyncio's own.
-    asyncio.wrap_future() makes the second out of the first, and ties the two together:
-    a cancel of the second is a cancel of the first, too.
+    asyncio.wrap_future() makes the second out of the first. A cancel of the second
+    would cancel the first, too. But one that is marked as running can't be cancelled.
 
     GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. But its pool has only
     min(32, CPUs + 4) threads. With 8 CPUs, 12 of 40 slots could run. And Python waits
@@ -592,8 +594,7 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     thread of our own has no such limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # This marks it as running, and one that runs can't be cancelled. So here the tie
-    # works one way only. A cancel ends our waiting, and the thread can still fill it.
+    # Mark it as running: so whatever is cancelled, the thread can still fill it.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
@@ -1420,8 +1421,8 @@ class TaskQueue:
         GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
         entry of a cancelled task stays until worker_loop takes it out and drops it.
         But while all slots are taken, it takes out nothing. Clients that submit and
-        cancel all day then fill the memory. So once more than half of the heap is dead
-        (and over 100 entries), all is taken out, and what still waits is put back.
+        cancel all day then fill the memory. So once it has over 100 entries more than
+        twice the tasks that wait, all is taken out, and what still waits is put back.
         """
         size = self._heap.qsize()
         if size > 100 + 2 * self.store.count(Status.PENDING):
@@ -1448,7 +1449,9 @@ class TaskQueue:
             # Nobody keeps it here. Its first step is due, so for now the event loop has
             # a strong reference to it. In that step it notes itself in the record.
             asyncio.create_task(self._attempt(record))
-            # Where asyncio starts its tasks eagerly, nothing above has to wait.
+            # sleep(0) gives up the turn, once. Python 3.12 can start asyncio tasks
+            # eagerly, at once inside of create_task(). Then nothing above has to wait,
+            # and nobody else would ever get a turn.
             await asyncio.sleep(0)
 
     # First reading.
@@ -1484,7 +1487,9 @@ class TaskQueue:
             result_json = await self._run_handler(record)
         except BaseException as exception:
             error, report, retry = explain(exception)
-        finally:  # nobody can take the slot before all is settled: there is no await
+        # In a `finally`, so that the slot is given back whatever happens. Nobody can take
+        # it before all is settled: there is no await in between.
+        finally:
             slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
@@ -1581,9 +1586,8 @@ class TaskQueue:
     def _interrupt(self, record: TaskRecord) -> None:
         """Ask the handler that runs to stop. _settle() decides what becomes of its task.
 
-        NEW: `asyncio_task.cancel()` raises CancelledError inside the coroutine, at the
-        `await` where it waits. It is a request: the coroutine can clean up first, or
-        even catch the error and go on. To ask again raises it again.
+        A cancel is a request: the coroutine can clean up first, or even catch the error
+        and go on. To ask again raises it again.
 
         A thread can't be reached in this way. Its next `update_progress` will raise. If
         it never calls that, it runs to its end and keeps its slot, whatever the timeout
@@ -1721,7 +1725,8 @@ class TaskQueue:
 # NEW: ASGI in a minute. It is the interface between a server, such as uvicorn, and a
 # Python app. An ASGI app is a callable of three arguments.
 #     scope     a dict that describes the request: method, path, headers
-#     receive   `await receive()` gives the next part of its body
+#     receive   `await receive()` gives the next part of its body, and after that the
+#               news that the client has hung up
 #     send      `await send(message)` takes the parts of the answer: one
 #               "http.response.start" with status and headers, then the body in pieces
 # FastAPI is such an app. A middleware is one, too, and it calls the next one. To see
@@ -1739,7 +1744,7 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Metrics:
-    """How often each route was asked, how it answered, and how long that took.
+    """How often each route was asked, how it answered, and how soon: to the first byte.
 
     GOTCHA [raw-path-labels]: counted by path, each task has a counter of its own, and a
     scanner who tries a million paths makes a million. The templates of the routes are
@@ -2054,8 +2059,11 @@ SHUTDOWN_FRAME = encode_frame("shutdown", b'{"detail": "The server is stopping"}
 def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceResponse:
     """Send the frames until they end, or until the client has gone.
 
-    A ping keeps the connection open when there is no news. A reader that has not read
-    for `send_timeout` seconds is dropped, with what it holds.
+    sse-starlette's EventSourceResponse does four things beside each other. It sends the
+    frames. It sends a ping when there has been none for a while. It listens for the
+    client's hang-up. And if one send takes longer than `send_timeout` seconds, because
+    the client doesn't read, it closes the generator and raises SendTimeoutError, which
+    ends in the middleware.
 
     When the process is told to stop, sse-starlette cuts each stream off after a grace
     period. We make that endless, because our streams end by themselves: as soon as the
@@ -2240,10 +2248,13 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 def hear_signals() -> None:
     """See to it that sse-starlette learns of a Ctrl-C or SIGTERM.
 
-    When it is imported, it replaces the method `handle_exit` of uvicorn's Server by one
-    of its own. With `--reload` or `--workers`, uvicorn has registered the old method by
-    then. What is registered is a bound method, and its `__self__` is the server. Asked
-    for once more, that server's `handle_exit` is the new one.
+    1. uvicorn registers a method of its server, `server.handle_exit`, for signals.
+    2. sse-starlette, when it is imported, puts a method of its own into uvicorn's class
+       in the place of `handle_exit`. That one notes the signal, and calls the old one.
+    3. With `--reload` or `--workers`, 1 comes before 2. So the old method is registered.
+
+    Then the new one must be registered here. `__self__` of the registered method is the
+    server, and the server's `handle_exit` is the new method by now.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
