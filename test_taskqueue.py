@@ -2,7 +2,8 @@
 
 The sections are those of the module, in the same order, after one with the tools. For
 each `GOTCHA [slow-reader]` there, a test here has `slow_reader` in its name. So
-`python -m pytest -k slow_reader` runs the proof of that one.
+`python -m pytest -k slow_reader` runs the proof of that one, and the first of its tests
+has the same words above it: # GOTCHA [slow-reader].
 """
 
 import asyncio
@@ -509,6 +510,7 @@ def test_submission_keeps_its_payload_as_it_was_sent():
     assert TaskSubmission(task_type="resize_image", payload=payload).payload == payload
 
 
+# GOTCHA [bad-result]
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -542,6 +544,7 @@ def test_submission_refuses_a_payload_that_is_too_deep(levels):
         TaskSubmission(task_type="send_email", payload={"x": deep})
 
 
+# GOTCHA [one-error-each]
 def test_submission_makes_not_one_error_each_but_stops_at_the_first():
     payload = {"x": [math.nan] * 16_000}
     with pytest.raises(ValidationError) as caught:
@@ -852,6 +855,7 @@ async def test_handler_gets_its_payload_anew_for_each_attempt():
     assert task.payload == {"files": ["a"]}
 
 
+# GOTCHA [blocking-handler]
 @real_clock
 async def test_blocking_handler_leaves_the_event_loop_free():
     """It blocks until the loop has seen its progress, and lets it go."""
@@ -868,6 +872,7 @@ async def test_blocking_handler_leaves_the_event_loop_free():
         assert (await until(queue, task_id)).result is True
 
 
+# GOTCHA [executor-limit]
 @real_clock
 async def test_threads_have_no_executor_limit_so_40_slots_run_40():
     """Each waits for the 39 others."""
@@ -1085,6 +1090,7 @@ async def test_queue_lists_one_page_and_counts_all(offset, gate):
         assert total == 10
 
 
+# GOTCHA [unbounded-history]
 async def test_queue_has_no_unbounded_history_and_evicts_only_what_has_finished(gate):
     """The two oldest tasks of all have not finished, so they stay."""
     async with running(gate, max_workers=2, keep_finished=2) as queue:
@@ -1107,6 +1113,7 @@ async def test_queue_counts_what_it_has_evicted(gate):
         assert queue.store.evicted == 3
 
 
+# GOTCHA [terminal-is-final]
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 @pytest.mark.parametrize("target", list(Status))
 async def test_queue_terminal_is_final_for_each_move(status, target, gate):
@@ -1197,6 +1204,7 @@ async def test_watch_ids_are_above_those_of_an_earlier_life(gate):
             assert (await anext(states)).status == "pending"
 
 
+# GOTCHA [slow-reader]
 async def test_watch_gives_a_slow_reader_the_latest_state_and_no_backlog(gate):
     async with running(gate) as queue:
         task_id = await bring_to("running", queue, gate)
@@ -1225,6 +1233,7 @@ async def test_watch_holds_nothing_for_a_slow_reader(gate):
             assert [state() for state in missed[:-1]] == [None] * 49
 
 
+# GOTCHA [snapshot-then-subscribe]
 @pytest.mark.parametrize("steps", range(6))
 async def test_watch_snapshot_then_subscribe_loses_no_change(steps, gate):
     """The change comes so many steps of the event loop after the last look."""
@@ -1240,6 +1249,7 @@ async def test_watch_snapshot_then_subscribe_loses_no_change(steps, gate):
                 assert (await following).progress == 50
 
 
+# GOTCHA [never-entered]
 async def test_watch_that_was_never_entered_leaves_nothing_behind(gate):
     async with running(gate) as queue:
         task_id = await bring_to("running", queue, gate)
@@ -1356,6 +1366,7 @@ async def test_progress_refuses_what_is_no_percentage(percent):
     assert task.error.startswith("ValueError: ")
 
 
+# GOTCHA [rounded-progress]
 @pytest.mark.parametrize("steps", [7, 13, 49])
 async def test_progress_takes_the_rounded_progress_of_equal_steps(steps):
     done = 0.0
@@ -1422,6 +1433,7 @@ async def test_progress_after_the_end_is_ignored(gate):
         assert queue.get_task(task_id) == before
 
 
+# GOTCHA [progress-from-thread]
 @real_clock
 async def test_progress_from_thread_is_noted_in_the_thread_of_the_loop(monkeypatch):
     def handle(payload, update_progress):
@@ -1458,6 +1470,7 @@ async def test_progress_from_thread_is_shown():
         await until(queue, task_id)
 
 
+# GOTCHA [progress-flood]
 @real_clock
 async def test_progress_flood_of_a_thread_costs_the_loop_a_hundred_steps(monkeypatch):
     def handle(payload, update_progress):
@@ -1582,6 +1595,7 @@ async def test_result_may_have_as_many_bytes_as_is_set():
     assert task.status == "completed"
 
 
+# GOTCHA [unbounded-result]
 async def test_unbounded_result_of_a_byte_more_is_refused():
     task = await outcome(returning("x" * 99), settings={"max_result": 100})
     assert task.status == "failed"
@@ -1697,6 +1711,7 @@ async def test_error_with_a_long_message_still_says_where():
     assert len(error) <= 1000
 
 
+# GOTCHA [hidden-cause]
 async def test_error_names_the_hidden_cause_in_a_group():
     async def fail():
         raise ConnectionError("no route")
@@ -1835,6 +1850,7 @@ UNFRIENDLY = {
 }
 
 
+# GOTCHA [cancelled-error]
 @real_clock
 @pytest.mark.parametrize("error", UNFRIENDLY.values(), ids=UNFRIENDLY.keys())
 @pytest.mark.parametrize("kind", ["async def", "def"])
@@ -1936,6 +1952,7 @@ async def test_log_tells_of_an_attempt_that_has_succeeded(caplog):
     )
 
 
+# GOTCHA [forged-log]
 async def test_log_has_no_forged_log_line_of_a_client(caplog):
     """Each line begins with the id of the request, or with a bar."""
     async with running(
@@ -2031,6 +2048,7 @@ async def test_do_not_retry_counts_also_if_its_text_raises():
     assert task.attempt == 1
 
 
+# GOTCHA [traceback-keeps-everything]
 @pytest.mark.parametrize(
     "fail", [fail_with, fail_from, fail_in_group, fail_frozen, wait_for_ever]
 )
@@ -2105,6 +2123,7 @@ async def test_queue_can_be_entered_again(gate):
             await bring_to("completed", queue, gate)
 
 
+# GOTCHA [one-loop]
 def test_one_loop_after_another_can_serve_the_same_app():
     """The second life of an app, in another event loop, inherits nothing."""
 
@@ -2125,6 +2144,7 @@ def test_one_loop_after_another_can_serve_the_same_app():
     assert asyncio.run(live()) == 3
 
 
+# GOTCHA [strong-reference]
 async def test_strong_reference_keeps_an_attempt_alive():
     """Nobody else refers to what this handler waits for."""
 
@@ -2141,6 +2161,7 @@ async def test_strong_reference_keeps_an_attempt_alive():
         assert (await until(queue, task_id)).status == "cancelled"
 
 
+# GOTCHA [dead-loop]
 async def test_dead_loop_is_noticed(gate, monkeypatch, caplog):
     async def die(queue):
         raise RuntimeError("a bug")
@@ -2499,6 +2520,7 @@ async def test_submit_refuses_a_payload_that_does_not_fit_the_handler(gate):
         assert queue.store.submitted == 0
 
 
+# GOTCHA [await-put]
 async def test_submit_does_not_await_put_but_says_at_once_that_the_queue_is_full(gate):
     """A bounded asyncio.Queue would let it wait for room."""
     async with running(gate, max_pending=2) as queue:
@@ -2735,6 +2757,7 @@ async def test_workers_start_lower_priorities_first(gate):
     assert gate.started == ["high", "high 2", "medium", "low"]
 
 
+# GOTCHA [tie-break]
 async def test_workers_tie_break_is_the_order_of_submission(gate):
     async with running(gate, max_workers=1) as queue:
         for name in "abcdefgh":
@@ -2763,6 +2786,7 @@ async def test_workers_tie_break_does_not_look_at_the_clock(gate, monkeypatch):
     assert gate.started == list("abcdefgh")
 
 
+# GOTCHA [slot-before-get]
 async def test_workers_take_a_slot_before_get_so_a_late_high_overtakes_each_low(gate):
     async with running(gate, max_workers=1) as queue:
         for name in ("busy", "low", "low 2"):
@@ -2790,6 +2814,7 @@ async def test_workers_hold_no_slot_for_a_delayed_task(gate):
         assert list(gate.held) == ["now"]
 
 
+# GOTCHA [backoff-holds-slot]
 async def test_workers_backoff_holds_slot_of_nobody(gate, monkeypatch):
     """While one task waits for its next attempt, another runs."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
@@ -2815,6 +2840,7 @@ async def test_workers_say_when_a_backoff_will_end(gate, monkeypatch):
         assert backoff == pytest.approx(20, abs=5)
 
 
+# GOTCHA [retry-keeps-priority]
 async def test_workers_retry_keeps_priority_and_place(gate):
     """It has failed, and yet it comes before all that were behind it."""
     async with running(gate, max_workers=1, backoff_base=0) as queue:
@@ -2830,6 +2856,7 @@ async def test_workers_retry_keeps_priority_and_place(gate):
 session = contextvars.ContextVar("session")
 
 
+# GOTCHA [kept-context]
 @pytest.mark.parametrize("delay", [0, 86_400])
 async def test_workers_have_no_kept_context_of_who_has_submitted(delay, gate):
     """A day is long, for a database session that nobody needs any more."""
@@ -2849,6 +2876,7 @@ async def test_workers_have_no_kept_context_of_who_has_submitted(delay, gate):
         assert sessions[0]() is None
 
 
+# GOTCHA [lazy-cancel]
 async def test_workers_lazy_cancel_does_not_run_the_cancelled(gate):
     async with running(gate, max_workers=1) as queue:
         queue.submit(email("first"))
@@ -2928,6 +2956,7 @@ async def test_workers_lazy_cancel_in_one_turn_starts_nobody_twice(gate, monkeyp
         assert list(gate.held) == ["stays"]
 
 
+# GOTCHA [cancel-before-first-step]
 @pytest.mark.parametrize("steps", range(6))
 async def test_workers_cancel_before_first_step_frees_the_slot(steps, gate):
     """The cancel comes so many steps of the event loop after the submission."""
@@ -3016,6 +3045,7 @@ async def test_attempt_has_its_whole_time_again_after_a_retry(gate):
         assert (await until(queue, task_id)).status == "completed"
 
 
+# GOTCHA [whose-timeout]
 async def test_whose_timeout_is_it_if_the_handler_raises_one_itself():
     task = await outcome(raising(TimeoutError("mine")), timeout=5)
     assert task.status == "failed"
@@ -3545,6 +3575,7 @@ async def series_of(client):
     return {name.partition("{")[2].rstrip("}") for name in names}
 
 
+# GOTCHA [raw-path-labels]
 async def test_metrics_raw_path_labels_are_not_used_for_tasks():
     async with serving() as (client, _):
         for number in range(3):
@@ -3577,6 +3608,7 @@ async def test_metrics_count_each_known_method_by_its_name(method):
     assert series == {f'method="{method}",route="(none)",status="404"'}
 
 
+# GOTCHA [stream-latency]
 async def test_metrics_stream_latency_ends_with_the_first_byte(gate, monkeypatch):
     async with serving(gate) as (client, queue):
         task_id = await bring_to("running", queue, gate)
@@ -3601,6 +3633,7 @@ async def serving_a_bug():
         yield client, queue
 
 
+# GOTCHA [unhandled-is-500]
 async def test_unhandled_is_500_with_a_detail_and_an_id():
     async with serving_a_bug() as (client, _):
         answer = await client.get("/broken", headers={"X-Request-ID": "r-1"})
@@ -3662,6 +3695,7 @@ async def test_unhandled_is_500_only_before_the_answer_has_begun():
     assert sent == [200]
 
 
+# GOTCHA [base-http-middleware]
 async def test_base_http_middleware_is_not_in_the_way():
     """A route runs in the very asyncio task in which the server calls the app."""
 
@@ -4256,6 +4290,7 @@ async def test_stream_data_is_one_line_whatever_is_in_it(gate):
     assert end["result"] == "a\nb\rc\u2028d\x85e\n\nf"
 
 
+# GOTCHA [reconnect-for-ever]
 async def test_stream_reconnect_for_ever_is_stopped_with_204(gate):
     async with serving(gate) as (client, queue):
         task_id = await bring_to("failed", queue, gate)
@@ -4648,6 +4683,7 @@ async def test_what_is_unknown_is_a_404_with_a_detail(call):
     assert isinstance(answer.json()["detail"], str)
 
 
+# GOTCHA [404-after-200]
 async def test_404_after_200_cannot_happen_on_a_stream():
     async with serving() as (client, _):
         answer = await client.get("/tasks/unknown/stream")
@@ -4769,6 +4805,7 @@ async def test_a_queue_that_stops_can_still_be_read(gate):
 # -- Bodies that people send by mistake, and bodies that are meant to hurt -------------
 
 
+# GOTCHA [missing-content-type]
 @pytest.mark.parametrize(
     "sent",
     [
@@ -4882,6 +4919,7 @@ HOSTILE = {
 }
 
 
+# GOTCHA [echoed-input]
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 async def test_echoed_input_does_not_make_a_500_of_a_hostile_body(body):
     async with serving() as (client, _):
@@ -5191,6 +5229,7 @@ async def test_an_app_within_another_has_a_page_and_docs():
             assert "'openapi.json'" in (await user.get("/queue/docs")).text
 
 
+# GOTCHA [shutdown-order]
 @BOTH_STREAMS
 async def test_stream_shutdown_order_is_goodbye_first(path, gate, monkeypatch):
     """The server was told to stop, and waits for the streams. The app still runs."""
@@ -5218,6 +5257,7 @@ class OtherServer:
         """What uvicorn makes the handler of signals."""
 
 
+# GOTCHA [whose-stop]
 @BOTH_STREAMS
 async def test_stream_whose_stop_is_it_when_another_server_ends(
     path, gate, monkeypatch
@@ -5382,6 +5422,7 @@ async def read_batch(stream):
         tasks.append(frame)
 
 
+# GOTCHA [six-connections]
 async def test_events_six_connections_are_not_needed_to_watch_many_tasks(gate):
     async with serving(gate, max_workers=10) as (client, queue):
         async with Stream(client.app, "/events") as stream:
@@ -5509,6 +5550,7 @@ async def test_events_begin_anew_if_the_last_event_id_is_junk(junk, gate):
         assert stream.messages.empty()
 
 
+# GOTCHA [frame-by-frame]
 async def test_events_frame_by_frame_is_not_how_a_resume_is_sent(gate):
     """It comes in slices, each as large as a fresh start is."""
     async with resuming(gate, 250, lambda tasks: tasks[0].version) as (_, stream):
@@ -5867,6 +5909,7 @@ def test_tour_says_what_is_not_so_and_then_exits_with_1(bug):
     assert code == 1
 
 
+# GOTCHA [trust-env]
 @pytest.mark.parametrize(
     "environment",
     [
@@ -5909,6 +5952,7 @@ def test_tour_ends_although_nobody_reads_what_it_prints():
         assert process.wait(20) == 0
 
 
+# GOTCHA [line-separators]
 def test_tour_line_separators_do_not_end_a_line():
     class Stream:
         """Of httpx.Response, what is used here."""
@@ -6076,6 +6120,7 @@ def test_server_that_is_told_to_stop_ends_its_streams_and_not_the_process():
     assert not thread.is_alive()
 
 
+# GOTCHA [forty-milliseconds]
 def test_answers_come_without_forty_milliseconds_of_delay():
     with demo("--no-tour") as (_, client):
         seconds = []
@@ -6086,6 +6131,7 @@ def test_answers_come_without_forty_milliseconds_of_delay():
     assert sorted(seconds)[10] < 0.03
 
 
+# GOTCHA [pipelined-behind-a-stream]
 def test_pipelined_behind_a_stream_a_request_does_not_keep_its_watcher():
     with demo("--no-tour", "--ping-seconds", "0.1") as (_, client):
         with open_stream(client) as connection:
