@@ -50,13 +50,15 @@ right is the course module that a section belongs to.
 Then the lesson ends. A live page, with its stream of all tasks, and a guided tour show
 it at work.
 
-THE FIRST READING takes about 90 minutes. It is these functions and classes. Each has
-the line `# First reading.` above it. Leave the rest for a second time.
+THE FIRST READING takes about 90 minutes. It is the comment at the head of each section,
+and these functions and classes. Each has the line `# First reading.` above it, and some
+have a comment above that. Leave the rest for a second time.
 
     Settings
     TaskSubmission · TaskStatus
     handler · process_task · run_in_thread · send_email
-    TRANSITIONS · Signal · TaskRecord · TaskStore: move · changed · _watch
+    TRANSITIONS · Signal · TaskRecord · TaskStore: __init__ · move
+    changed · watch · _watch
     backoff_delay · TaskQueue: __aenter__ · submit · cancel · _schedule · _make_ready
     worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle · __aexit__
     RequestMiddleware
@@ -247,7 +249,8 @@ FINAL = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 class Payload(BaseModel):
     """What a handler works on. Each task type has a model of its own, below.
 
-    Each field has a default, so that `{}` is a valid payload. Further keys are kept.
+    In this file each field has a default, so that `{}` is a valid payload. Yours need
+    none. Further keys are kept.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -803,6 +806,7 @@ class TaskStore:
     `reversed()` reads it newest first. So a few dicts are all the indexes we need.
     """
 
+    # First reading.
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.submitted = 0
@@ -971,6 +975,7 @@ class TaskStore:
     # what it yields, one by one. In between, the generator stands still at its `yield`.
     # Before somebody takes the first one, it runs no line at all, and so no `finally`.
 
+    # First reading.
     def watch(self, task_id: str, last_event_id: int) -> Snapshots:
         """Iterate over the states of a task after version `last_event_id`.
 

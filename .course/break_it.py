@@ -12,6 +12,7 @@ For maintainers: `--check` tries all of them, and `--table` prints README.md's t
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from typing import Any
 import edits
 
 HERE = Path(__file__).resolve().parent
+PYTHON = os.path.relpath(sys.executable)  # as one types it here
 ROOT = HERE.parent
 MODULE = (ROOT / "taskqueue.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
@@ -155,7 +157,7 @@ def show(name: str) -> None:
     print(f"\n{output}")
     if code != 1:
         sys.exit(f"The test did not fail as it should: pytest's exit code is {code}.")
-    print(f"Without the edit it is green: python -m pytest -k {keyword}")
+    print(f"Without the edit it is green: {PYTHON} -m pytest -k {keyword}")
 
 
 def serve(name: str, arguments: list[str]) -> int:

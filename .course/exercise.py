@@ -25,6 +25,7 @@ from typing import Any
 import edits
 
 HERE = Path(__file__).resolve().parent
+PYTHON = os.path.relpath(sys.executable)  # as one types it here
 ROOT = HERE.parent
 FOLDER = HERE / "exercises"
 
@@ -87,7 +88,7 @@ def board() -> None:
                 red.append(name)
                 say(entry["hints"][0], indent=" " * 7)
     if red:
-        print(f"\nThe next step: python .course/exercise.py {red[0]}")
+        print(f"\nThe next step: {PYTHON} .course/exercise.py {red[0]}")
 
 
 def show(name: str) -> None:
@@ -99,10 +100,10 @@ def show(name: str) -> None:
     passed, total, output = run_tests(name, "-x")
     print(f"\n{output}")
     if passed == total:
-        print("It is green. Is all the rest? python -m pytest")
+        print(f"It is green. Is all the rest? {PYTHON} -m pytest")
         print("Then compare: --solution")
     else:
-        print(f"A hint? python .course/exercise.py {name} --hint 1")
+        print(f"A hint? {PYTHON} .course/exercise.py {name} --hint 1")
 
 
 def original() -> str:
