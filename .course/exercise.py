@@ -12,12 +12,14 @@ For maintainers: `--table` prints README.md's table.
 """
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -106,20 +108,19 @@ def show(name: str) -> None:
         print(f"A hint? {PYTHON} .course/exercise.py {name} --hint 1")
 
 
-def original() -> str:
-    """taskqueue.py as the course has it, without what a learner has done to it.
+def originals() -> Iterator[str]:
+    """taskqueue.py as the course has it, the most likely one first.
 
-    A learner commits taskqueue.py, but hardly anything in .course or .ci. So the latest
-    commit that has changed those has the original.
+    A learner works in taskqueue.py, and may commit that. What a clone has come from is
+    under the name origin/HEAD. A plain download has no git: then there is only the file.
     """
-    git = ["git", "-C", str(ROOT)]
-    try:
-        latest = [*git, "log", "-1", "--format=%H", "--", ".course", ".ci"]
-        commit = subprocess.run(latest, capture_output=True, check=True, text=True)
-        show = [*git, "show", f"{commit.stdout.strip()}:taskqueue.py"]
-        return subprocess.run(show, capture_output=True, check=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or a bare download
-        return (ROOT / "taskqueue.py").read_text(encoding="utf-8")
+    for commit in ("origin/HEAD", "HEAD"):
+        show = ["git", "-C", str(ROOT), "show", f"{commit}:taskqueue.py"]
+        with contextlib.suppress(OSError):  # there is no git
+            shown = subprocess.run(show, capture_output=True, check=False)
+            if shown.returncode == 0:
+                yield shown.stdout.decode()
+    yield (ROOT / "taskqueue.py").read_text(encoding="utf-8")
 
 
 def solve(name: str, source: str) -> str:
@@ -130,8 +131,12 @@ def solve(name: str, source: str) -> str:
 
 def show_solution(name: str) -> None:
     """Show the solution as a diff, and write the solved file beside the learner's."""
-    before = original()
-    after = solve(name, before)
+    for before in originals():
+        with contextlib.suppress(edits.EditError):  # it is not the original
+            after = solve(name, before)
+            break
+    else:
+        sys.exit("It fits the original only, and that is not here: clone it anew.")
     print(edits.diff(before, after))
     file = ROOT / f"taskqueue_{name}.py"
     file.write_text(after, encoding="utf-8")

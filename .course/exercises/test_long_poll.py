@@ -67,6 +67,14 @@ async def test_it_answers_at_once_where_there_is_nothing_to_wait_for(serve):
 
 
 @pytest.mark.anyio
+async def test_it_answers_with_the_end_of_a_task_that_is_not_kept(serve):
+    async with serve(keep_finished=0) as service:
+        answer, _ = await poll(service, await service.submit(seconds=3), wait=10)
+        assert answer.status_code == 200, "don't look it up again: it is gone by then"
+        assert answer.json()["status"] == "completed"
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("wait", [-1, 61, "soon", "nan"])
 async def test_it_refuses_a_wait_that_makes_no_sense(serve, wait):
     async with serve() as service:
