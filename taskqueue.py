@@ -12,8 +12,8 @@ or watch it live. Everything is kept in memory, in one process.
                         │
                         └── each change wakes watch() ──► GET /tasks/{id}/stream
 
-The life of a task. It can be cancelled while it waits, and while it runs. There is no
-other way than these arrows: move() refuses it.
+The life of a task. It can be cancelled while it waits, and while it runs. No other way
+is possible than these arrows: one function, move(), sees to that.
 
     pending ──► running ──► completed
      │  ▲          ├──────► failed
@@ -31,8 +31,8 @@ TWO IDEAS CARRY THE FILE
 2.  Look, then wait. Some coroutines wait for something: a stream waits for news. It
     looks first. If there is nothing new, it waits for a signal, and looks again. The
     signal only says "something has changed". What counts is the state, and that is
-    always there to look at. No messages are sent, so none can be lost, come twice, or
-    pile up in memory.
+    always there to look at. The news itself is never sent around. So none of it can be
+    lost, come twice, or pile up in memory.
 
 
 THE MAP. Read from top to bottom: each section uses only what stands above it. At the
@@ -51,8 +51,8 @@ Then the lesson ends. A live page, with its stream of all tasks, and a guided to
 it at work.
 
 THE FIRST READING takes about 90 minutes. It is the comment at the head of each section,
-and these functions and classes. Each has the line `# First reading.` above it, and some
-have a comment above that. Leave the rest for a second time.
+all that begins with NEW, and these functions and classes. Each of them has the line
+`# First reading.` above it. Leave the rest for a second time.
 
     Settings
     TaskSubmission · TaskStatus
@@ -79,12 +79,12 @@ THE WORDS
     snapshot      a copy of a record at one moment (TaskStatus); it never changes
     version       the number of a change; a stream sends it as its `id:`
     coroutine     what a call of an `async def` function returns; `await` runs it
-    asyncio task  asyncio's own word for a running coroutine; never just "task" here
+    asyncio task  a coroutine that runs beside the others; never just "task" here
     lifespan      what an app does before its first request and after its last one
 
 THE SIGNS
 
-    NEW:            a tool of asyncio, ASGI, SSE or Pydantic, where it is first used
+    NEW:            a tool of asyncio, of the web or of Pydantic, where it is first used
     GOTCHA [name]   a trap: how everybody writes it, what happens then, what we do.
                     `pytest -k name` runs its test, with "_" for each "-" in the name.
     WHY             a choice, and what was rejected
@@ -179,12 +179,12 @@ class Settings(BaseModel):
 
     # frozen: nobody can change a setting later, halfway through its use.
     # extra="forbid": a misspelt name is an error, and is not ignored.
-    # allow_inf_nan=False: no time can be endless, or no number at all.
+    # allow_inf_nan=False: infinity is refused, and so is NaN, "not a number".
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_workers: int = Field(default=3, ge=1, le=1000, description="attempts at once")
     max_pending: int = Field(default=1000, ge=1, description="tasks that may wait")
-    keep_finished: int = Field(default=1000, ge=0, description="ended ones kept")
+    keep_finished: int = Field(default=1000, ge=0, description="finished, kept")
     # At a stop, handlers that run may go on for this many seconds.
     drain_seconds: float = Field(default=5.0, ge=0, description="at a stop")
     # A retry waits at most base, 2 x base, 4 x base …, and never longer than cap.
@@ -290,8 +290,8 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     levels. The message mostly says where: "result.rows[3] is of type date, which JSON has
     no form for".
 
-    `room` is a budget of bytes. Each value takes from it, and hands on what is left:
-    that is what this returns. (Text takes at least a byte for each character.)
+    `room` is a budget: so many bytes may the JSON have. Each value costs a part of it.
+    What is left is returned. (A text costs at least one byte for each character.)
 
     GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
     a value is kept as it came. Then every later `GET /tasks` that shows this task is a
@@ -335,9 +335,13 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 
 
 def show_payloads(schema: dict[str, Any]) -> None:
-    """Put the fields of all payload models into the API's documentation."""
-    # A model that uses an enum points to it by a path, "$ref". The path begins at the top
-    # of the whole API document. So we say where in it this model stands.
+    """Put the fields of all payload models into the API's documentation.
+
+    It is for `/docs` alone, so skip it at first. `__subclasses__()` are the classes that
+    inherit from Payload. Pydantic describes each of them in JSON Schema, the language
+    of that document. Such a description can point to a part of itself, by a path. The
+    path begins at the top of the document: hence `here`.
+    """
     here = "#/components/schemas/TaskSubmission/properties/payload/anyOf"
     schema["anyOf"] = [
         model.model_json_schema(ref_template=f"{here}/{number}/$defs/{{model}}")
@@ -353,6 +357,7 @@ class TaskSubmission(BaseModel):
 
     # JSON has no enums: the text "send_email" must be turned into one. Hence not strict.
     task_type: TaskType = Field(strict=False, description="which handler does it")
+    # Each submission gets a copy of its own of this {}: Pydantic sees to it.
     payload: dict[str, Any] = Field(default={}, json_schema_extra=show_payloads)
     priority: Priority = Field(default=Priority.MEDIUM, strict=False)
     max_retries: int = Field(default=0, ge=0, le=10, description="further attempts")
@@ -428,13 +433,14 @@ class TaskStatus(BaseModel):
 
     def as_json(self) -> bytes:
         """The whole answer. Payload and result are JSON text already: put in as it is."""
+        # {"id": …, "completed_at": null without the "}" that ends it
         rest = self.model_dump_json(exclude={"payload", "result"}).removesuffix("}")
         payload = b',"payload":' + self.payload_json
         return rest.encode() + payload + b',"result":' + self.result_json + b"}"
 
     # A stream sends one of these two forms. However many clients watch a task, a form
     # is encoded once for each change: a cached_property keeps what it has returned.
-    # (frozen forbids to assign to a field. This is kept beside the fields.)
+    # (It does so in a frozen model, too. Only the fields are frozen.)
 
     @functools.cached_property
     def progress_json(self) -> bytes:
@@ -518,6 +524,9 @@ ANY_PAYLOAD = TypeAdapter(dict[str, Any])
 def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
     """Register a function as the handler of a task type: `@handler(TaskType.X)`.
 
+    Python first calls handler(), and then what that returns, register(), with the
+    function that stands below the `@`.
+
     Raises ValueError for an unknown task type, and TypeError for what is no handler.
     """
     task_type = TaskType(task_type)
@@ -542,9 +551,10 @@ def is_async(function: Handler) -> bool:
     return callable(function) and inspect.iscoroutinefunction(type(function).__call__)
 
 
-# NEW: A context variable is a global that each asyncio task has for itself. A new
-# asyncio task begins with a copy of its parent's. The worker loop sets this one, so the
-# handlers that it starts see the settings of their own queue.
+# NEW: A context variable is a global variable that can have many values at once. An
+# asyncio task is a coroutine that runs beside the others (more of them in Workers), and
+# each has a value of its own. It begins with that of the code which has started it. Each
+# worker loop sets this one. So the handlers that it starts see the settings of their queue.
 current_settings = ContextVar("current_settings", default=DEFAULTS)
 
 
@@ -558,11 +568,12 @@ async def process_task(
 ) -> Any:
     """Call the handler of `task_type`, and return its result.
 
-    The queue has made a model of the payload already. Who calls this directly, as in a
-    test, can give a dict. It is validated here, as if it had come as JSON.
+    The queue has made a model of the payload already. A test may call this directly,
+    and give a dict. That is validated here, as if it had come as JSON.
 
-    What is returned is `finish(result)`. The queue passes a function that makes JSON of
-    the result. It is called where the handler has run, so a thread does it for itself.
+    What is returned is `finish(result)`. The queue passes a function there that makes
+    JSON of the result. A large one takes its time. Called in here, it takes that of the
+    handler's thread, and not that of the event loop.
 
     Raises LookupError if there is no handler, ValidationError for a bad dict, and
     whatever the handler raises.
@@ -583,29 +594,32 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
 
     NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the `await`
     where it waits. A coroutine can be interrupted in this way. A thread can't. If
-    whoever awaits this is cancelled, the thread runs on, and its outcome is dropped. The
-    queue does that only at its stop.
+    whoever awaits this is cancelled, the thread runs on, and its outcome is dropped. So
+    the queue does that only at its stop. Before, it asks a thread in another way: the
+    next `update_progress` raises.
 
-    NEW: A future is a box for one outcome that comes later. There are two kinds. A
-    thread may fill the one of concurrent.futures. A coroutine can await asyncio's own.
-    asyncio.wrap_future() makes the second out of the first. A cancel of the second
-    would cancel the first, too. But one that is marked as running can't be cancelled.
+    NEW: A future is a box for one outcome that comes later. A coroutine can await an
+    asyncio.Future, but no thread may fill it. A thread may fill a
+    concurrent.futures.Future, but no coroutine can await it. asyncio.wrap_future() ties
+    a new one of the first kind to one of the second. It passes the outcome on.
 
-    GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. But its pool has only
-    min(32, CPUs + 4) threads. With 8 CPUs, 12 of 40 slots could run. And Python waits
-    for that pool when it exits: one handler that is stuck, and Ctrl-C hangs. A daemon
-    thread of our own has no such limit, and Python doesn't wait for it.
+    GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. It uses a pool, a group of
+    threads that are used again and again. But that has only min(32, CPUs + 4) of them.
+    With 8 CPUs, 12 of 40 slots could run. And Python waits for the pool when it exits:
+    one handler that is stuck, and Ctrl-C hangs. A daemon thread of our own has no such
+    limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # Mark it as running: so whatever is cancelled, the thread can still fill it.
+    # Mark it as running. Else a cancel of whoever awaits it would cancel this box, too,
+    # and the thread that fills it later would die of an InvalidStateError.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
         """All that the thread does.
 
-        An exception travels as a part of the result. As an exception of the future, a
-        StopIteration would be refused by Python, and a SystemExit would end the server.
-        The last lines of run_in_thread() raise it again, in the asyncio task.
+        An exception travels as a part of the result, and run_in_thread() raises it
+        again. WHY not set_exception(): asyncio refuses a StopIteration there, and
+        whoever awaits it would wait for ever.
         """
         try:
             outcome.set_result((function(), None))
@@ -730,10 +744,10 @@ class Signal:
     It carries no message. Whoever wakes up looks for themselves what is new (idea 2).
 
     NEW: An asyncio.Event is a flag that coroutines can wait for. `await event.wait()`
-    waits until somebody calls `event.set()`. It then stays set until it is cleared.
-    Clear it too early, and one that has not had its turn yet misses it. Clear it too
-    late, and the next one doesn't wait. So each event here is used once: fire() sets it
-    and drops it, and whoever waits after that makes a new one.
+    waits until somebody calls `event.set()`. It then stays set, and nobody waits any
+    more, until somebody clears it. Who of all that wait should do that, and when? Nobody
+    has to: each event here is used once. fire() sets it and drops it, and whoever waits
+    after that makes a new one.
     """
 
     __slots__ = ("_event",)  # there is one for each task: keep it small
@@ -744,7 +758,7 @@ class Signal:
     def fire(self) -> None:
         """Wake those who wait now."""
         if self._event is not None:
-            self._event.set()  # those who wait have it in their hands
+            self._event.set()  # those who wait still have a reference to it
             self._event = None
 
     async def wait(self) -> None:
@@ -767,7 +781,7 @@ class TaskRecord:
     created_at: datetime
     request_id: str | None
     idempotency_key: str | None
-    fingerprint: bytes  # of its submission, to compare with one that comes again
+    fingerprint: bytes  # a hash of its submission, for the idempotency key
     task_type: TaskType
     payload_json: bytes
     priority: Priority
@@ -818,7 +832,7 @@ class TaskStore:
         # Versions begin at the clock, in microseconds, and not at 0. WHY: a client of
         # the stream of all tasks was cut off, and comes back with the last version that
         # it saw. Meanwhile this server may have started again. All versions of its new
-        # life must be above those of the old one.
+        # life, from this start to the next end, must be above those of the old one.
         self.life = time.time_ns() // 1000
         self.version = self.life
         self.news = Signal()  # fires when any task changes
@@ -828,7 +842,8 @@ class TaskStore:
         self.by_change: dict[str, TaskRecord] = {}
         # In order of entering that status.
         self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
-        self.by_key: dict[str | None, TaskRecord] = {}  # by idempotency key
+        # By idempotency key. None is asked for, too, and never found.
+        self.by_key: dict[str | None, TaskRecord] = {}
         self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
     # -- To read ------------------------------------------------------------------------
@@ -903,10 +918,10 @@ class TaskStore:
     def move(self, record: TaskRecord, status: Status) -> None:
         """Move a task to another status: the one writer of `status`.
 
-        GOTCHA [terminal-is-final]: a cancel and a result can come in the same turn.
-        Where each just writes its status, the later one wins, and a stream sends two
-        ends. Here the first one wins. A second one raises IllegalTransition. The callers
-        look first, so that shows a bug.
+        GOTCHA [terminal-is-final]: a client cancels a task just when its handler
+        returns. Where both just write the status, the later one wins, and a stream sends
+        two ends. Here the first one wins, and the second raises IllegalTransition. No
+        caller lets it come to that: they look at the status first.
         """
         if status not in TRANSITIONS[record.status]:
             raise IllegalTransition(f"{record.id}: {record.status} → {status}")
@@ -962,14 +977,16 @@ class TaskStore:
     # change into all of them. Then a phone on a train, in a tunnel, stops reading. What
     # it doesn't read piles up in our memory. Once it is back, it gets an hour of history.
     # Here a watcher holds one number, the last version that it has sent. While a client
-    # doesn't read, to send to it waits, and the generator below stands at its `yield`.
-    # When it goes on, it takes the latest state. What came in between is kept nowhere.
+    # doesn't read, the send to it has to wait. Meanwhile the generator below stands at
+    # its `yield`. When it goes on, it takes the latest state. What came in between is
+    # kept nowhere.
     #
     # GOTCHA [snapshot-then-subscribe]: read the state first and subscribe then, and a
     # change between the two is lost. Subscribe first, and old events follow a newer
     # state: progress runs backwards. Here nobody subscribes. Look, and if there is
-    # nothing new, wait. Nothing can slip in between: `await` runs a coroutine at once,
-    # and the turn is given up only inside of it, when the Event is there already.
+    # nothing new, wait. Nothing can slip in between, although there is an `await`. Follow
+    # it: `await news.wait()` runs Signal.wait() at once. That makes the Event, and awaits
+    # it. Only there the turn is given up, and by then fire() can find the Event.
     #
     # NEW: `yield` in an `async def` makes an async generator. `async for` takes from it
     # what it yields, one by one. In between, the generator stands still at its `yield`.
@@ -1075,7 +1092,8 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     return encoded
 
 
-# Where installed code stands. describe() looks for lines that stand elsewhere.
+# Where installed code stands. describe() looks for lines that stand elsewhere. (A module
+# that is built into Python has a path such as "<frozen importlib>".)
 LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
 
 
@@ -1086,7 +1104,7 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
     makes sense. Nothing can be relied on here: an exception's own `__str__` can raise,
     and so can the `__name__` of its class. An attempt must be settled all the same.
     """
-    # type.__repr__: the class without any code of the class.
+    # "<class 'mail.MailError'>, which …": type.__repr__ runs no code of that class.
     text = f"{type.__repr__(type(error))}, which can't be shown"
     report = ""
     retry = True
@@ -1107,7 +1125,8 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
 def find_leaves(error: BaseException) -> Iterator[BaseException]:
     """The exception itself; or, for a group, all that are in it.
 
-    GOTCHA [hidden-cause]: whatever goes wrong in an `asyncio.TaskGroup`, `str(error)`
+    GOTCHA [hidden-cause]: an `asyncio.TaskGroup` runs some asyncio tasks, and puts what
+    they raise into a group of exceptions. Whatever went wrong, `str(error)` of that
     is "unhandled errors in a TaskGroup (1 sub-exception)". What went wrong is inside.
     """
     if isinstance(error, BaseExceptionGroup):
@@ -1157,10 +1176,12 @@ def indent(report: str) -> str:
 def forget_frames(error: BaseException) -> None:
     """Take the traceback from the exception, and from those that it came from.
 
-    GOTCHA [traceback-keeps-everything]: an exception refers to its traceback, that to
-    the frames of the functions, and those to all local variables. If one of these is
-    the exception itself, it is a circle. A handler that fails with 20 MB in its hands
-    then keeps them until a full garbage collection. Text is all that we keep.
+    GOTCHA [traceback-keeps-everything]: Python frees an object as soon as nobody refers
+    to it. But an exception refers to its traceback. That refers to the functions it came
+    through, and those to all their local variables. If one of these is the exception
+    itself, the circle is closed: somebody always refers to it. A handler that fails with
+    20 MB in its hands then keeps them until Python looks for circles, maybe much later.
+    Text is all that we keep.
     """
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -1169,7 +1190,8 @@ def forget_frames(error: BaseException) -> None:
         if each is None or id(each) in seen:
             continue
         seen.add(id(each))
-        BaseException.with_traceback(each, None)  # its class may be frozen
+        # A class can forbid `each.__traceback__ = None`, but not this.
+        BaseException.with_traceback(each, None)
         todo += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             todo += each.exceptions
@@ -1200,7 +1222,7 @@ class TaskQueue:
         self.store = TaskStore(settings)
         self._payload_types: dict[TaskType, TypeAdapter[Any]] = {}
         for task_type, function in handlers.items():
-            # If it is no handler, process_task() raises the same error: the task fails.
+            # For what is no handler, process_task() raises later: so the task fails.
             with contextlib.suppress(TypeError):
                 self._payload_types[task_type] = payload_type(function)
 
@@ -1223,13 +1245,12 @@ class TaskQueue:
         # for them. Made at import, they serve one app, or one test. The next one gets
         # "... is bound to a different event loop". So they are made here.
 
-        # GOTCHA [strong-reference]: the event loop keeps a list of the steps that are
-        # due. An asyncio task that waits is not in it. To that one the loop has only a
-        # weak reference, which doesn't keep an object alive. If nobody else refers to
-        # it, it can be thrown away in the middle of its work: "Task was destroyed but
-        # it is pending!" So we keep it in an attribute.
+        # GOTCHA [strong-reference]: a weak reference doesn't keep an object alive. The
+        # event loop has only such a one to an asyncio task that waits. If nobody else
+        # refers to that, it can be thrown away in the middle of its work: "Task was
+        # destroyed but it is pending!" So we keep it in an attribute.
         self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
-        self._worker.add_done_callback(self._report_death)
+        self._worker.add_done_callback(self._report_death)  # calls it at the end
         return self
 
     @property
@@ -1337,7 +1358,7 @@ class TaskQueue:
         record = self.store.find(task_id)
         if record.status is Status.PENDING:
             self.store.move(record, Status.CANCELLED)
-            self._sweep()
+            self._sweep()  # its entry in the heap is dead now
         elif record.status is Status.RUNNING and force:
             record.cancel_requested = True
             self._interrupt(record)
@@ -1426,8 +1447,8 @@ class TaskQueue:
         GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
         entry of a cancelled task stays until worker_loop takes it out and drops it.
         But while all slots are taken, it takes out nothing. Clients that submit and
-        cancel all day then fill the memory. So once it has over 100 entries more than
-        twice the tasks that wait, all is taken out, and what still waits is put back.
+        cancel all day then fill the memory. So we look at each cancel. If far more than
+        half of the entries are dead, all are taken out, and those that live are put back.
         """
         size = self._heap.qsize()
         if size > 100 + 2 * self.store.count(Status.PENDING):
@@ -1451,12 +1472,14 @@ class TaskQueue:
             _, _, record = await self._heap.get()
             while record.status is not Status.PENDING:  # cancelled: a dead entry
                 _, _, record = await self._heap.get()
-            # Nobody keeps it here. Its first step is due, so for now the event loop has
-            # a strong reference to it. In that step it notes itself in the record.
+            # Nobody keeps the asyncio task here. But until its first step the event loop
+            # has a strong reference to it. In that step it notes itself in the record.
             asyncio.create_task(self._attempt(record))
-            # sleep(0) gives up the turn, once. Python 3.12 can start asyncio tasks
-            # eagerly, at once inside of create_task(). Then nothing above has to wait,
-            # and nobody else would ever get a turn.
+            # sleep(0) gives up the turn, once. Mostly that is not needed: when all slots
+            # are taken, acquire() waits. But Python 3.12 can be told to start asyncio
+            # tasks eagerly: create_task() itself then runs the first step. A handler that
+            # waits for nothing ends in it, and gives its slot back. Nothing above would
+            # wait as long as the heap is not empty, and nobody else would get a turn.
             await asyncio.sleep(0)
 
     # First reading.
@@ -1467,11 +1490,11 @@ class TaskQueue:
         then it is still `pending`, although it is no longer in the heap.
 
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
-        first step runs none of its code, and no `finally`. If worker_loop marked the
-        task as `running`, such a cancel would leave it `running` for ever, and its slot
-        would be lost. Here nobody can: until its first step, the asyncio task stands in
-        no attribute, so nobody has it to cancel. A cancel() just moves the task from
-        `pending` to `cancelled`, and the first lines here see that.
+        first step runs none of its code, and no `finally`. Say that worker_loop marks a
+        task as `running`, and just then a client cancels it by force. It stays `running`
+        for ever, and its slot is lost. So it is marked in here. Until then it is
+        `pending`: cancel() only moves it to `cancelled`, and the first lines here see
+        that. The asyncio task can't be cancelled so early, as nobody knows it yet.
 
         GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
         nobody records the end of the task. It also misses SystemExit, which asyncio
@@ -1479,7 +1502,7 @@ class TaskQueue:
         To catch them all is wrong nearly everywhere. It is right here, in the outermost
         function of an asyncio task, where nothing follows but the books.
         """
-        slots = self._slots  # a queue that is entered again has others
+        slots = self._slots  # a queue that is started a second time has others
         if record.status is not Status.PENDING:  # cancelled since it was taken
             slots.release()
             return
@@ -1487,7 +1510,7 @@ class TaskQueue:
         result_json = b"null"
         error: str | None = None
         report = ""
-        retry = False  # the report and this count only after an exception
+        retry = False  # of an exception, as is the report
         try:
             result_json = await self._run_handler(record)
         except BaseException as exception:
@@ -1511,8 +1534,8 @@ class TaskQueue:
         record.started_at = datetime.now(UTC)
         record.asyncio_task = asyncio.current_task()
         self.store.move(record, Status.RUNNING)
-        # After move(), which stops the old timer. It needs no empty context: it keeps that
-        # of the attempt, which lasts as long.
+        # This comes after move(), because move() stops the timer. And it needs no empty
+        # context: the one that it keeps is that of this attempt, which lasts as long.
         loop = asyncio.get_running_loop()
         record.timer = loop.call_later(record.timeout, self._time_out, record)
 
@@ -1550,9 +1573,8 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
-            # A next attempt resets these two. But that of a plain `def` handler can't
-            # begin before its thread has ended. (A thread that an `async def` has left
-            # running is not stopped. What it reports is dropped in _note_progress().)
+            # Both are about the attempt that runs now. Of a plain `def` handler it is this
+            # one: before its thread has ended, there is no other.
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1625,7 +1647,7 @@ class TaskQueue:
         """
         record.asyncio_task = None
         if record.status is not Status.RUNNING:
-            return  # its handler went on after a stop had given up on it
+            return  # the queue has stopped without it: see _cancel_all()
         if record.cancel_requested:
             self.store.move(record, Status.CANCELLED)
             return
@@ -1738,8 +1760,8 @@ class TaskQueue:
 # the answer go by, it hands down a `send` of its own, as below.
 #
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write. But
-# it runs the rest of the app in a second asyncio task, and hands each piece of the
-# answer from that one to this. So a context variable that a route sets is unknown here:
+# it runs the rest of the app in a second asyncio task, and that one hands each piece of
+# the answer to the first. So a context variable that a route sets is unknown here:
 # it was set in the other asyncio task. Each piece of a stream makes a detour. And when
 # a client hangs up, two asyncio tasks must be stopped in the right order. A plain ASGI
 # class, as below, starts no asyncio task at all.
@@ -1751,11 +1773,12 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Metrics:
     """How often each route was asked, how it answered, and how soon: to the first byte.
 
-    GOTCHA [raw-path-labels]: counted by path, each task has a counter of its own, and a
-    scanner who tries a million paths makes a million. The templates of the routes are
-    few: "/tasks/{task_id}". A method is free text of the client's, too.
+    GOTCHA [raw-path-labels]: with a counter for each path, each task has one of its own,
+    and a scanner who tries a million paths makes a million. The templates of the routes
+    are few: "/tasks/{task_id}". A method is free text of the client's, too.
 
-    SIMPLIFIED: production has prometheus_client, and it counts durations in buckets.
+    SIMPLIFIED: production has the package prometheus_client, for Prometheus, a program
+    that collects such numbers from many services.
     """
 
     def __init__(self) -> None:
@@ -1798,7 +1821,7 @@ class RequestMiddleware:
     """Gives each request its id, its limit, its line in the log, and its metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
-        self.app = app
+        self.app = app  # the next one: FastAPI gives it
         self.metrics = metrics
         self.max_body = max_body
 
@@ -1824,9 +1847,10 @@ class RequestMiddleware:
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))
-            # It is FastAPI that calls this, so it gets the exception, and answers 413. If
-            # the answer has begun, it is too late for that. The body of a GET is none of
-            # our business: there, the answer itself listens here, for the client's end.
+            # FastAPI calls this while it reads the body. It catches an HTTPException, and
+            # answers with its 413. Nobody reads the body of a GET. But a stream calls this,
+            # too: it waits here for the news that the client has gone. An exception would
+            # break it.
             has_body = scope["method"] not in ("GET", "HEAD") and not answer_started
             if has_body and body_size > self.max_body:
                 raise HTTPException(413, f"The body has over {self.max_body} bytes")
@@ -1848,7 +1872,7 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, receive_limited, send_with_id)
-        except SendTimeoutError:
+        except SendTimeoutError:  # from a stream: see event_stream()
             # Our part has ended: the generator is closed, and nothing of it is kept.
             # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
             # until the client reads on or hangs up. A proxy in front would hang up. And
@@ -1947,6 +1971,7 @@ async def submit_task(
     try:
         task = queue_of(request).submit(submission, request_id, idempotency_key)
     except ValidationError as error:  # the payload doesn't fit its handler's model
+        # Make of it what FastAPI raises for a bad body: so both get the same 422.
         problems = error.errors()
         for problem in problems:
             problem["loc"] = ("body", "payload", *problem["loc"])
@@ -2047,7 +2072,8 @@ def parse_event_id(text: str) -> int:
 
 
 def encode_frame(event: str, data: bytes, version: int | None = None) -> bytes:
-    """One frame. `data` is JSON: a line break in a text is written as a \\n there.
+    """One frame. `data` is JSON, and so one line: in a text, JSON writes a line break as
+    the two characters \\n.
 
     No event is named "error": EventSource has one of that name.
     """
@@ -2077,7 +2103,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     return EventSourceResponse(
         frames,
         ping=queue.settings.ping_seconds,
-        sep="\n",  # how a line of a ping ends
+        sep="\n",  # how a line of a ping ends: as ours do
         send_timeout=queue.settings.send_timeout,
         shutdown_grace_period=math.inf,
     )
@@ -2098,8 +2124,8 @@ async def stream_task(
         id: 1795656515327839
         data: {"status": "running", "progress": 40, "attempt": 1}
 
-    204: it has ended, and `Last-Event-ID` says that you know. `event: shutdown`: the
-    server stops.
+    204: it has ended, and your `Last-Event-ID` is that of its last frame. `event:
+    shutdown`: the server stops.
     """
     queue = queue_of(request)
     sent = parse_event_id(last_event_id)
@@ -2119,11 +2145,14 @@ async def stream_task(
 async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     """The frames of one task's stream.
 
-    NEW: When a client hangs up, its asyncio task is cancelled. Mostly that one waits in
-    _watch(): CancelledError comes up there, and the `finally` runs. But it may be in the
-    middle of a send, while this generator stands at its `yield`. Then the generator is
-    closed: Python raises GeneratorExit there. That doesn't close `states`, from which it
-    reads. aclosing() does, at the end of its block.
+    NEW: When a client hangs up, the asyncio task that sends to it is cancelled. There
+    are two places where it may be.
+
+    - In _watch(), at its `await`. CancelledError comes out there. On its way up it passes
+      the `finally` of both generators.
+    - In a send. Then both generators stand at their `yield`. sse-starlette closes this
+      one: Python raises GeneratorExit at the `yield`. But it doesn't know of `states`,
+      from which this one reads. `async with aclosing(states)` closes it, too.
     """
     ended = False
     async with contextlib.aclosing(states):
@@ -2253,13 +2282,17 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 def hear_signals() -> None:
     """See to it that sse-starlette learns of a Ctrl-C or SIGTERM.
 
+    NEW: With a signal, the operating system tells a process something. SIGINT is Ctrl-C,
+    and `kill` sends SIGTERM. Of each, a process can register a function that Python
+    then calls. (Our class Signal has only the name in common.)
+
     1. uvicorn registers a method of its server, `server.handle_exit`, for signals.
     2. sse-starlette, when it is imported, puts a method of its own into uvicorn's class
        in the place of `handle_exit`. That one notes the signal, and calls the old one.
     3. With `--reload` or `--workers`, 1 comes before 2. So the old method is registered.
 
-    Then the new one must be registered here. `__self__` of the registered method is the
-    server, and the server's `handle_exit` is the new method by now.
+    Then the new one must be registered here. `__self__` of a method is its object: here
+    the server. And the server's `handle_exit` is the new method by now.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
@@ -2280,11 +2313,11 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     last frame, and ends. That a signal has come, sse-starlette notes in
     AppStatus.should_exit. This is one flag for the whole process.
 
-    GOTCHA [whose-stop]: a signal is meant for the whole process. But in a notebook, in
-    a fixture, or by --limit-max-requests, one server is ended alone: uvicorn has a flag
-    for that on each server. This function can't see it. And to obey whatever ends some
-    server would end the streams of another one in the same process. So whoever ends a
-    server in that way calls `queue.begin_shutdown()` first. The demo's Server does.
+    GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process. One
+    of them is ended by a flag of its own: `server.should_exit = True`. Where streams
+    listen for the end of any server, those of the other one are cut off, too. So this
+    listens for signals alone: they are meant for all. The price: whoever ends a server by
+    its flag calls `queue.begin_shutdown()` first. The demo's Server does.
     """
     while not AppStatus.should_exit:
         await asyncio.sleep(0.1)
@@ -2296,8 +2329,9 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
     """An app with a queue of its own."""
 
     # NEW: A lifespan is what an app does before its first request and after its last.
-    # It is written as one function with a `yield` in the middle. Here belongs what must
-    # be made inside of the event loop, and must be stopped.
+    # It is written as one function with a `yield` in the middle. asynccontextmanager
+    # makes something of it that `async with` takes: up to the `yield` runs at the start,
+    # the rest at the end. Here belongs what needs the event loop, and must be stopped.
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         """Run the queue for as long as the app runs."""
@@ -2310,7 +2344,7 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
             try:
                 yield
             finally:
-                lookout.cancel()  # it holds nothing, so nobody has to wait for it
+                lookout.cancel()  # it has nothing to clean up: no need to wait
 
     app = FastAPI(
         title="taskqueue",
