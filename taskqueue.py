@@ -26,7 +26,8 @@ TWO IDEAS CARRY THE FILE
 1.  One thread, taking turns. All requests, streams and `async def` handlers share one
     thread. Each runs until it comes to an `await` that has to wait, and only there can
     another one run. So a function without `await` is atomic: it runs to its end before
-    anything else runs. It needs no lock.
+    any other coroutine runs. It needs no lock. (A plain `def` handler runs in a thread
+    of its own, beside all that. It can't touch the queue from there.)
 
 2.  Look, then wait. Some coroutines wait for something: a stream waits for news. It
     looks first. If there is nothing new, it waits for a signal, and looks again. The
@@ -56,11 +57,10 @@ all that begins with NEW, and these functions and classes. Each of them has the 
 
     Settings
     TaskSubmission · TaskStatus
-    handler · process_task · run_in_thread · send_email
-    TRANSITIONS · Signal · TaskRecord · TaskStore: __init__ · move
-    changed · watch · _watch
-    backoff_delay · TaskQueue: __aenter__ · submit · cancel · _schedule · _make_ready
-    worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle · __aexit__
+    handler · call_handler · process_task · run_in_thread · send_email
+    TRANSITIONS · Signal · TaskRecord · TaskStore: __init__ · move · changed · states
+    backoff_delay · TaskQueue: __aenter__ · submit · cancel · watch · _schedule
+    _make_ready · worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle · __aexit__
     RequestMiddleware
     submit_task · get_task · cancel_task · event_stream · stream_task · task_frames
     end_watches_at_a_signal · create_app
@@ -201,7 +201,7 @@ class Settings(BaseModel):
     pace: float = Field(default=1.0, ge=0, description="multiplies their seconds")
 
 
-DEFAULTS = Settings()  # for who sets nothing: frozen, so all can share it
+DEFAULTS = Settings()  # frozen, so all who set nothing can share it
 
 
 # ===== Models ======================================================= module 02 =======
@@ -250,7 +250,7 @@ class Payload(BaseModel):
     """What a handler works on. Each task type has a model of its own, below.
 
     In this file each field has a default, so that `{}` is a valid payload. Yours need
-    none. Further keys are kept.
+    none. Further keys are kept, unless your model says `extra="forbid"`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -290,8 +290,8 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     levels. The message mostly says where: "result.rows[3] is of type date, which JSON has
     no form for".
 
-    `room` is a budget: so many bytes may the JSON have. Each value costs a part of it.
-    What is left is returned. (A text costs at least one byte for each character.)
+    `room` is a budget: so many bytes may the JSON have. Each value costs at least a part
+    of what it will take. What is left is returned.
 
     GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
     a value is kept as it came. Then every later `GET /tasks` that shows this task is a
@@ -306,7 +306,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{where:.200} has more than {MAX_DEPTH} levels")
-    room -= 1  # each value takes at least a byte
+    room -= 2  # at least one character, and a comma or a bracket
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -326,6 +326,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     elif isinstance(value, int):  # True and False are ints, too
         if value.bit_length() > 14_000:  # 4,200 digits: Python reads back 4,300
             raise ValueError(f"{where} is a number of more than 4,200 digits")
+        room -= value.bit_length() // 4  # a digit has 3.3 bits
     elif value is not None:
         kind = type(value).__name__
         raise ValueError(f"{where} is of type {kind}, which JSON has no form for")
@@ -515,9 +516,9 @@ def payload_type(function: Handler) -> TypeAdapter[Any]:
         raise TypeError(f"{text}: {error}") from error
 
 
-# For a task type without a valid handler. submit() takes any payload then. Later
-# process_task() raises, and so the task fails with the reason.
-ANY_PAYLOAD = TypeAdapter(dict[str, Any])
+# For a task type without a valid handler. submit() takes any payload then, and the task
+# fails later, with the reason.
+ANYTHING: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
 
 
 # First reading.
@@ -558,34 +559,49 @@ def is_async(function: Handler) -> bool:
 current_settings = ContextVar("current_settings", default=DEFAULTS)
 
 
+def find_handler(task_type: TaskType, handlers: Handlers) -> Handler:
+    """The handler of that type. Raises LookupError if there is none."""
+    function = handlers.get(task_type)
+    if function is None:
+        raise LookupError(f"no handler for {task_type}: is its module imported?")
+    return function
+
+
+# First reading.
+async def call_handler(
+    function: Handler,
+    payload: Any,
+    update_progress: Reporter,
+    finish: Callable[[Any], Any] = lambda result: result,
+) -> Any:
+    """Call a handler, and return `finish(result)`. Raises whatever the handler raises.
+
+    The queue passes a `finish` that makes JSON of the result. A large result takes its
+    time. Called in here, that is the time of the handler's thread, and not that of the
+    event loop.
+    """
+    if is_async(function):
+        return finish(await function(payload, update_progress))
+    return await run_in_thread(lambda: finish(function(payload, update_progress)))
+
+
 # First reading.
 async def process_task(
     task_type: TaskType,
     payload: Any,
     update_progress: Reporter,
     handlers: Handlers = HANDLERS,
-    finish: Callable[[Any], Any] = lambda result: result,
 ) -> Any:
-    """Call the handler of `task_type`, and return its result.
+    """Do what a task does, without a queue: for a test, or in another handler.
 
-    The queue has made a model of the payload already. A test may call this directly,
-    and give a dict. That is validated here, as if it had come as JSON.
-
-    What is returned is `finish(result)`. The queue passes a function there that makes
-    JSON of the result. A large one takes its time. Called in here, it takes that of the
-    handler's thread, and not that of the event loop.
-
-    Raises LookupError if there is no handler, ValidationError for a bad dict, and
+    `payload` is a model, or a dict. A dict is validated first, as if it had come as
+    JSON. Raises LookupError if there is no handler, ValidationError for a bad dict, and
     whatever the handler raises.
     """
-    function = handlers.get(task_type)
-    if function is None:
-        raise LookupError(f"no handler is registered for {task_type}")
+    function = find_handler(task_type, handlers)
     if isinstance(payload, dict):
         payload = payload_type(function).validate_json(json.dumps(payload))
-    if is_async(function):
-        return finish(await function(payload, update_progress))
-    return await run_in_thread(lambda: finish(function(payload, update_progress)))
+    return await call_handler(function, payload, update_progress)
 
 
 # First reading.
@@ -695,7 +711,7 @@ async def send_email(payload: SendEmailPayload, update_progress: Reporter) -> An
 # Only `move` writes a task's `status`, and only `changed` its `version`. To find out
 # how a task came to its state, there is one line to set a breakpoint on.
 #
-# Only the watchers await. All other functions are atomic (idea 1), and there is no
+# Only who watches has to wait. All other functions are atomic (idea 1), and there is no
 # lock. The price: they may be called in the thread of the event loop only.
 #
 # SIMPLIFIED: when the process ends, all is lost. Production keeps its tasks in a
@@ -745,9 +761,9 @@ class Signal:
 
     NEW: An asyncio.Event is a flag that coroutines can wait for. `await event.wait()`
     waits until somebody calls `event.set()`. It then stays set, and nobody waits any
-    more, until somebody clears it. Who of all that wait should do that, and when? Nobody
-    has to: each event here is used once. fire() sets it and drops it, and whoever waits
-    after that makes a new one.
+    more, until somebody clears it. Here nobody has to: each event is used once. fire()
+    sets it and drops it, and whoever waits after that makes a new one. While nobody
+    waits there is none, and that saves 800 bytes for each task.
     """
 
     __slots__ = ("_event",)  # there is one for each task: keep it small
@@ -853,6 +869,7 @@ class TaskStore:
 
         FastAPI runs a plain `def` route in a thread. There get_running_loop() itself
         raises "no running event loop". Write `async def`, also if nothing is awaited.
+        What blocks goes into `await asyncio.to_thread(f)`, and the queue stays outside.
         """
         loop = asyncio.get_running_loop()
         if self.loop is not None and self.loop is not loop:
@@ -864,10 +881,6 @@ class TaskStore:
         if task_id not in self.by_id:
             raise TaskNotFound("No task has this id: it never was, or it was evicted")
         return self.by_id[task_id]
-
-    def get_task(self, task_id: str) -> TaskStatus:
-        """The task as it is now. Raises TaskNotFound."""
-        return TaskStatus.model_validate(self.find(task_id))
 
     def snapshot(self, record: TaskRecord) -> TaskStatus:
         """The task as it is now, for those who watch it.
@@ -883,25 +896,6 @@ class TaskStore:
         """How many tasks have that status."""
         self.check_caller()
         return len(self.by_status[status])
-
-    def list_tasks(
-        self, status: Status | None, limit: int, offset: int
-    ) -> tuple[list[TaskStatus], int]:
-        """One page of the tasks with that status (None: all), and how many there are.
-
-        Without a status, the last one submitted comes first. With a status, the last
-        one to enter that status comes first.
-
-        SIMPLIFIED: it steps over `offset` tasks. That is nothing for the first pages,
-        and some milliseconds for an offset of a million. A database has an index.
-        """
-        self.check_caller()
-        records = self.by_id
-        if status is not None:
-            records = self.by_status[status]
-        start = min(offset, len(records))
-        page = itertools.islice(reversed(records.values()), start, start + limit)
-        return [TaskStatus.model_validate(record) for record in page], len(records)
 
     # -- To change ----------------------------------------------------------------------
 
@@ -993,25 +987,17 @@ class TaskStore:
     # Before somebody takes the first one, it runs no line at all, and so no `finally`.
 
     # First reading.
-    def watch(self, task_id: str, last_event_id: int) -> Snapshots:
-        """Iterate over the states of a task after version `last_event_id`.
-
-        It ends after the final state, or when the queue stops. Raises TaskNotFound
-        here, and not when it is iterated over: so this is a plain function.
-        """
-        return self._watch(self.find(task_id), last_event_id)
-
-    # First reading.
-    async def _watch(self, record: TaskRecord, sent: int) -> Snapshots:
+    async def states(self, record: TaskRecord, sent: int) -> Snapshots:
         """Yield the task as it is now, then its latest state whenever it has changed.
 
-        `sent` is the version that the reader knows already.
+        It ends after the final state, or when the queue stops. `sent` is the version
+        that the reader knows already.
         """
         if sent > record.version:  # it never had that version: the number is junk
             sent = 0
         # GOTCHA [never-entered]: a client can be gone before its response has begun.
         # Then this generator is never started, and runs no `finally`. A counter that
-        # was raised outside, in watch(), would never come down. So it is raised here.
+        # was raised by its caller would never come down. So it is raised here.
         self.watchers += 1
         try:
             while True:
@@ -1067,8 +1053,7 @@ def whole_percent(percent: float) -> int:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             rounded = round(float(percent), 2)
     if not 0 <= rounded <= 100:  # a NaN fails this test, too
-        text = f"progress must be a number from 0 to 100, not {percent!r:.40}"
-        raise ValueError(text)
+        raise ValueError(f"progress must be from 0 to 100, not {percent!r:.40}")
     return int(rounded)
 
 
@@ -1081,14 +1066,12 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     passed.
     """
     try:
-        check_json(result, "result", room=max_bytes)
+        check_json(result, "result", room=max_bytes + 1)  # no comma after the whole
         encoded = to_json(result)
     except ValueError as error:
         raise BadResult(str(error)) from None
     if len(encoded) > max_bytes:
-        raise BadResult(
-            f"more than max_result ({max_bytes} bytes): return a path or an id"
-        )
+        raise BadResult(f"over max_result ({max_bytes} bytes): return a path or an id")
     return encoded
 
 
@@ -1208,7 +1191,7 @@ class TaskQueue:
     It runs while the block lasts. At the end of the block it stops (see `__aexit__`),
     and cancels what still waits: call `await queue.join()` before, to let all end.
 
-    Nothing here may be called in another thread, or in another event loop. It would
+    No method here may be called in another thread, or in another event loop. It would
     raise RuntimeError, before it has touched anything.
     """
 
@@ -1220,11 +1203,11 @@ class TaskQueue:
         self.settings = settings
         self.handlers = handlers
         self.store = TaskStore(settings)
-        self._payload_types: dict[TaskType, TypeAdapter[Any]] = {}
+        # What checks the payloads of each type, and makes a model of them.
+        self._adapters: dict[TaskType, TypeAdapter[Any]] = {}
         for task_type, function in handlers.items():
-            # For what is no handler, process_task() raises later: so the task fails.
-            with contextlib.suppress(TypeError):
-                self._payload_types[task_type] = payload_type(function)
+            with contextlib.suppress(TypeError):  # it is no handler
+                self._adapters[task_type] = payload_type(function)
 
     # -- To start it ---------------------------------------------------------------------
 
@@ -1297,7 +1280,7 @@ class TaskQueue:
         self.store.check_caller()
         payload_json = to_json(submission.payload)
         # Only a check. Each attempt makes a model of its own from the text.
-        self._adapter(submission.task_type).validate_json(payload_json)
+        self._adapters.get(submission.task_type, ANYTHING).validate_json(payload_json)
 
         fingerprint = self._fingerprint(submission, idempotency_key)
         earlier = self.store.by_key.get(idempotency_key)
@@ -1332,10 +1315,6 @@ class TaskQueue:
         self._schedule(record, submission.delay)
         return TaskStatus.model_validate(record)
 
-    def _adapter(self, task_type: TaskType) -> TypeAdapter[Any]:
-        """What checks the payloads of that type, and makes a model of them."""
-        return self._payload_types.get(task_type, ANY_PAYLOAD)
-
     def _fingerprint(self, submission: TaskSubmission, key: str | None) -> bytes:
         """32 bytes that are the same for the same submission, and for no other.
 
@@ -1367,25 +1346,41 @@ class TaskQueue:
             raise TaskNotCancellable(f"The task is {record.status}: {reason}")
         return TaskStatus.model_validate(record)
 
-    # To read the books, the store alone is asked. Its methods say more.
-
     def get_task(self, task_id: str) -> TaskStatus:
         """The task as it is now. Raises TaskNotFound."""
-        return self.store.get_task(task_id)
+        return TaskStatus.model_validate(self.store.find(task_id))
 
     def list_tasks(
         self, status: Status | None = None, limit: int = 100, offset: int = 0
     ) -> tuple[list[TaskStatus], int]:
-        """One page of the tasks, newest first, and how many there are."""
-        return self.store.list_tasks(status, limit, offset)
+        """One page of the tasks with that status (None: all), and how many there are.
+
+        Without a status, the last one submitted comes first. With a status, the last
+        one to enter that status comes first.
+
+        SIMPLIFIED: it steps over `offset` tasks. That is nothing for the first pages,
+        and some milliseconds for an offset of a million. A database has an index.
+        """
+        self.store.check_caller()
+        records = self.store.by_id
+        if status is not None:
+            records = self.store.by_status[status]
+        start = min(offset, len(records))  # islice() refuses a number over 2**63
+        page = itertools.islice(reversed(records.values()), start, start + limit)
+        return [TaskStatus.model_validate(record) for record in page], len(records)
 
     def count(self, status: Status) -> int:
         """How many tasks have that status."""
         return self.store.count(status)
 
+    # First reading.
     def watch(self, task_id: str, last_event_id: int = 0) -> Snapshots:
-        """Iterate over the states of a task. Raises TaskNotFound."""
-        return self.store.watch(task_id, last_event_id)
+        """Iterate over the states of a task after version `last_event_id`.
+
+        Raises TaskNotFound here, and not when it is iterated over. So this is a plain
+        function, and it returns the generator.
+        """
+        return self.store.states(self.store.find(task_id), last_event_id)
 
     async def join(self) -> None:
         """Wait until no task waits and none runs. Raises RuntimeError if none can run.
@@ -1394,7 +1389,6 @@ class TaskQueue:
         of task_done(). If one is forgotten, it hangs for ever. If there is one too many,
         as for a cancelled task, "task_done() called too many times" is raised.
         """
-        self.store.check_caller()
         while self.count(Status.PENDING) + self.count(Status.RUNNING) > 0:
             if self._worker.done() and not self._worker.cancelled():
                 raise RuntimeError("the worker loop has died")
@@ -1494,7 +1488,8 @@ class TaskQueue:
         task as `running`, and just then a client cancels it by force. It stays `running`
         for ever, and its slot is lost. So it is marked in here. Until then it is
         `pending`: cancel() only moves it to `cancelled`, and the first lines here see
-        that. The asyncio task can't be cancelled so early, as nobody knows it yet.
+        that. Nobody in this file can cancel the asyncio task itself so early: it stands
+        in no attribute yet.
 
         GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
         nobody records the end of the task. It also misses SystemExit, which asyncio
@@ -1515,10 +1510,8 @@ class TaskQueue:
             result_json = await self._run_handler(record)
         except BaseException as exception:
             error, report, retry = explain(exception)
-        # In a `finally`, so that the slot is given back whatever happens. Nobody can take
-        # it before all is settled: there is no await in between.
-        finally:
-            slots.release()
+        # Nobody can take the slot before all is settled: there is no await in between.
+        slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
         self._log(record, report)
@@ -1542,19 +1535,22 @@ class TaskQueue:
     # First reading.
     async def _run_handler(self, record: TaskRecord) -> bytes:
         """Call the handler, and return its result as JSON text."""
-        payload = self._adapter(record.task_type).validate_json(record.payload_json)
-        update_progress = self._make_update_progress(record)
-        finish = functools.partial(encode_result, max_bytes=self.settings.max_result)
-        result_json: bytes = await process_task(
-            record.task_type, payload, update_progress, self.handlers, finish
+        function = find_handler(record.task_type, self.handlers)
+        # For what is no handler, payload_type() raises here: its tasks fail.
+        adapter = self._adapters.get(record.task_type) or payload_type(function)
+        result_json: bytes = await call_handler(
+            function,
+            payload=adapter.validate_json(record.payload_json),
+            update_progress=self._make_update_progress(record),
+            finish=lambda result: encode_result(result, self.settings.max_result),
         )
         return result_json
 
     def _make_update_progress(self, record: TaskRecord) -> Reporter:
         """Make the `update_progress` of one attempt. Any thread may call it.
 
-        NEW: Nothing of asyncio may be touched from another thread, but for one call.
-        `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
+        NEW: Nothing of asyncio may be touched from another thread, but for some calls
+        that are made for it. `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
         turn, in its own thread.
 
         GOTCHA [progress-from-thread]: wake a stream from a handler's thread, and it may
@@ -1667,14 +1663,13 @@ class TaskQueue:
 
     def _log(self, record: TaskRecord, report: str) -> None:
         """Write how an attempt has ended; if it has failed, with its traceback."""
-        outcome: str = record.status
-        level = logging.INFO
-        if record.error is not None:
-            level = logging.WARNING
-            outcome += f", {printable(record.error)}{indent(report)}"
         text = "[%s] task %s (%s) attempt %d: %s"
         ids = (record.request_id, record.id, record.task_type, record.attempt)
-        logger.log(level, text, *ids, outcome)
+        if record.error is None:
+            logger.info(text, *ids, record.status)
+        else:
+            why = printable(record.error) + indent(report)
+            logger.warning(text, *ids, f"{record.status}, {why}")
 
     # -- To stop it ----------------------------------------------------------------------
 
@@ -1837,8 +1832,7 @@ class RequestMiddleware:
         request_id = self._request_id(scope)
         # FastAPI parses the cookies for each route, even if none wants them. In some
         # versions of Python, 64 KB of backslashes in one take five seconds.
-        headers = [pair for pair in scope["headers"] if pair[0] != b"cookie"]
-        scope["headers"] = headers
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"cookie"]
         # What stands in the scope's "state" is `request.state` in a route.
         scope.setdefault("state", {})["request_id"] = request_id
 
@@ -1867,7 +1861,7 @@ class RequestMiddleware:
                 # it, maybe an hour. Some of those, and the average says nothing about
                 # all the others. So the clock stops at the first byte.
                 seconds = time.perf_counter() - started_at
-                self._record(scope, request_id, message["status"], seconds)
+                self._record(scope, message["status"], seconds)
             await send(message)
 
         try:
@@ -1894,18 +1888,17 @@ class RequestMiddleware:
 
         With the client's own, one id follows a request through a chain of services.
         """
-        sent = Headers(scope=scope).get("X-Request-ID", "")
-        if SANE_ID.fullmatch(sent):
-            return sent
+        inbound = Headers(scope=scope).get("X-Request-ID", "")
+        if SANE_ID.fullmatch(inbound):
+            return inbound
         return secrets.token_hex(8)
 
-    def _record(
-        self, scope: Scope, request_id: str, status: int, seconds: float
-    ) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         """Count an answer that begins, and write its line into the log."""
         # The router has put its route into the scope by now, if there is one.
         route = getattr(scope.get("route"), "path", "(none)")
         self.metrics.record(scope["method"], route, status, seconds)
+        request_id = scope["state"]["request_id"]
         line = f"{scope['method'][:20]} {scope['path'][:200]} {status}"
         # Both are free text of the client's: a path with %0A in it has a line break.
         logger.info("[%s] %s %.1f ms", request_id, printable(line), 1000 * seconds)
@@ -1916,7 +1909,8 @@ class RequestMiddleware:
 # queue raises is turned into a status code by one table, HTTP_STATUS, for all routes.
 #
 # All are `async def`, also where nothing is awaited. FastAPI calls a plain `def` route
-# in a thread. That costs more than the rest of the request, and the queue refuses it.
+# in a thread. That takes as long again as the rest of the request, and the queue
+# refuses it.
 #
 # SIMPLIFIED: whoever reaches the port may do everything. Production asks who it is.
 
@@ -1932,17 +1926,6 @@ HTTP_STATUS: dict[type[QueueError], int] = {
 }
 
 
-class Problem(BaseModel):
-    """The body of an answer that is no success."""
-
-    detail: str
-
-
-def no_success(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What else a route may answer, for the API's documentation. ({}: without a body.)"""
-    return {status: {"model": Problem} for status in statuses}
-
-
 def queue_of(request: Request) -> TaskQueue:
     """The queue of the app. It is there once the lifespan has begun.
 
@@ -1956,7 +1939,7 @@ def queue_of(request: Request) -> TaskQueue:
 
 
 # First reading.
-@router.post("/tasks", status_code=202, responses=no_success(400, 413, 503))
+@router.post("/tasks", status_code=202, responses={400: {}, 413: {}, 503: {}})
 async def submit_task(
     submission: TaskSubmission,
     request: Request,
@@ -2018,14 +2001,14 @@ async def list_pieces(tasks: list[TaskStatus], total: int) -> AsyncIterator[byte
 
 
 # First reading.
-@router.get("/tasks/{task_id}", responses=no_success(404))
+@router.get("/tasks/{task_id}", responses={404: {}})
 async def get_task(task_id: str, request: Request) -> TaskStatus:
     """Show one task, in whatever state it is."""
     return queue_of(request).get_task(task_id)
 
 
 # First reading.
-@router.delete("/tasks/{task_id}", responses={202: {}, **no_success(404, 409)})
+@router.delete("/tasks/{task_id}", responses={202: {}, 404: {}, 409: {}})
 async def cancel_task(
     task_id: str, request: Request, response: Response, force: bool = False
 ) -> dict[str, str]:
@@ -2113,7 +2096,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
 @router.get(
     "/tasks/{task_id}/stream",
     response_class=EventSourceResponse,
-    responses={200: STREAM, 204: {}, **no_success(404)},
+    responses={200: STREAM, 204: {}, 404: {}},
 )
 async def stream_task(
     task_id: str, request: Request, last_event_id: LastEventId = ""
@@ -2148,7 +2131,7 @@ async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     NEW: When a client hangs up, the asyncio task that sends to it is cancelled. There
     are two places where it may be.
 
-    - In _watch(), at its `await`. CancelledError comes out there. On its way up it passes
+    - In states(), at its `await`. CancelledError comes out there. On its way up it passes
       the `finally` of both generators.
     - In a send. Then both generators stand at their `yield`. sse-starlette closes this
       one: Python raises GeneratorExit at the `yield`. But it doesn't know of `states`,
@@ -2227,8 +2210,8 @@ async def answer_queue_error(request: Request, error: Exception) -> Response:
     status = HTTP_STATUS[type(error)]
     detail: Any = str(error)
     if status == 422:  # in the shape of every other 422: a list
-        place = ("header", "Idempotency-Key")
-        detail = [{"type": "value_error", "loc": place, "msg": detail}]
+        loc = ("header", "Idempotency-Key")
+        detail = [{"type": "value_error", "loc": loc, "msg": detail}]
     headers = {}
     if status == 503:
         headers["Retry-After"] = "1"
@@ -2251,9 +2234,9 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
         # body for bytes: "Input should be a valid dictionary or object to extract
         # fields from". That helps nobody.
         if isinstance(problem.get("input"), bytes):
-            sent = request.headers.get("Content-Type", "none")
+            content_type = request.headers.get("Content-Type", "none")
             message = "Send JSON, with the header Content-Type: application/json"
-            message += f". The Content-Type was: {sent:.100}"
+            message += f". The Content-Type was: {content_type:.100}"
         detail.append({"type": problem["type"], "loc": problem["loc"], "msg": message})
     # json.dumps() writes ASCII. So a lone surrogate in a field's name does no harm.
     body = json.dumps({"detail": detail})

@@ -796,6 +796,17 @@ async def test_handler_has_its_payload_checked_by_its_own_annotation(function):
         assert queue.store.submitted == 0
 
 
+async def test_handler_may_ask_for_a_dict_of_what_json_has_no_form_for():
+    async def handle(payload: dict[str, datetime], update_progress):
+        return {name: value.year for name, value in payload.items()}
+
+    payload = {"due": "2026-11-26T12:00:00Z"}
+    submission = TaskSubmission(task_type="send_email", payload=payload)
+    async with running(handle) as queue:
+        task = await until(queue, queue.submit(submission).id)
+    assert task.result == {"due": 2026}
+
+
 def test_handlers_are_registered_for_all_task_types():
     assert set(HANDLERS) == set(TaskType)
 
@@ -1590,8 +1601,14 @@ async def test_bad_result_spoils_no_list_of_tasks(result, reason):
         assert strict_json(answer.text)["tasks"][0]["id"] == task_id
 
 
-async def test_result_may_have_as_many_bytes_as_is_set():
-    task = await outcome(returning("x" * 98), settings={"max_result": 100})
+@pytest.mark.parametrize(
+    "result",
+    ["x" * 98, [1] * 9, [[[1]], [0, 2]], {"a": [1], "b": None}, [10**30, 1.5], 7, {}],
+    ids=repr,
+)
+async def test_result_may_have_as_many_bytes_as_is_set(result):
+    size = len(json.dumps(result, separators=(",", ":")))
+    task = await outcome(returning(result), settings={"max_result": size})
     assert task.status == "completed"
 
 
@@ -1607,19 +1624,26 @@ async def test_unbounded_result_is_told_to_be_a_reference():
     assert "return a path or an id" in task.error
 
 
-async def test_unbounded_result_is_looked_at_only_as_far_as_it_may_go():
-    looked_at = []
+@pytest.mark.parametrize(
+    ("value", "most"),
+    [(1, 500), ("x" * 100, 10), (1 << 13_999, 1)],
+    ids=["small", "text", "huge"],
+)
+async def test_unbounded_result_is_looked_at_only_as_far_as_it_may_go(value, most):
+    """With its comma, each value takes two bytes at least. A huge number takes many."""
+    looked_at = 0
 
     class Rows(list):
         """A list that notes how far somebody has read it."""
 
         def __iter__(self):
-            for number in range(1_000_000):
-                looked_at.append(number)
-                yield number
+            nonlocal looked_at
+            for _ in range(100_000):
+                looked_at += 1
+                yield value
 
     await outcome(returning(Rows()), settings={"max_result": 1000})
-    assert len(looked_at) <= 1001
+    assert looked_at <= most
 
 
 @real_clock
