@@ -1,9 +1,9 @@
 """Bring a trap back: make one edit in a copy of taskqueue.py, and see what it does.
 
-    python .course/break_it.py                     the names of all traps
-    python .course/break_it.py tie-break           the edit, your guess, the assertion
-    python .course/break_it.py tie-break --demo    the guided tour, with the bug in
-    python .course/break_it.py tie-break --page    the server, with the bug in
+    .venv/bin/python .course/break_it.py                     the names of all traps
+    .venv/bin/python .course/break_it.py tie-break           the edit, and what fails
+    .venv/bin/python .course/break_it.py tie-break --demo    the tour, with the bug in
+    .venv/bin/python .course/break_it.py tie-break --page    the server, with the bug in
 
 What stands after --demo or --page is for taskqueue.py: `--page --port 8001`.
 
@@ -142,21 +142,26 @@ def run_tests(source: str, *names: str) -> tuple[int, str]:
 
 
 def show(name: str) -> None:
-    """Show the edit, wait for a guess, and then show the assertion that fails."""
+    """Show the edit and the test, wait for a guess, and show the assertion that fails."""
     if not can_run(name):
-        sys.exit(f"This one needs a package: pip install {BREAKS[name]['needs']}")
+        needs = BREAKS[name]["needs"]
+        sys.exit(f"This one needs a package: {PYTHON} -m pip install {needs}")
     broken = apply(name)
     print(f"GOTCHA [{name}], explained in taskqueue.py, line {gotchas()[name]}.\n")
     print(textwrap.fill(BREAKS[name]["reason"], 88) + "\n")
     print(edits.diff(MODULE, broken))
-    keyword = name.replace("-", "_")
-    if sys.stdin.isatty():
-        print(f"\nIts test has `{keyword}` in its name. Which assertion fails?")
-        input("[Enter] ")
+    print("\nIts tests run…", flush=True)
     code, output = run_tests(broken, name)
+    red = re.search(r"^_+ (\w+)", output, re.MULTILINE)
+    if code != 1 or red is None:
+        print(output)
+        sys.exit(f"No test has failed as it should: pytest's exit code is {code}.")
+    if sys.stdin.isatty():
+        print(f"This one is red: {red[1]}")
+        print("Find it in test_taskqueue.py. Which of its assertions fails, and why?")
+        input("[Enter] ")
     print(f"\n{output}")
-    if code != 1:
-        sys.exit(f"The test did not fail as it should: pytest's exit code is {code}.")
+    keyword = name.replace("-", "_")
     print(f"Without the edit it is green: {PYTHON} -m pytest -k {keyword}")
 
 
@@ -202,6 +207,7 @@ def check(names: list[str]) -> None:
 
 def main() -> None:
     """Do what the command line says."""
+    edits.demand_packages()
     name, *rest = sys.argv[1:] or [""]
     if name == "--check":
         check(rest or list(BREAKS))

@@ -18,8 +18,17 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
     """Put our short text in the place of pytest's long one."""
     report = yield
     if report.failed:
-        report.longrepr = describe(call.excinfo.value)
+        report.longrepr = describe(call.excinfo.value) + describe_500(report.caplog)
     return report
+
+
+def describe_500(log: str) -> str:
+    """What the service has logged of its unhandled exception, if there was one."""
+    _, found, log = log.partition("unhandled exception")
+    if not found:
+        return ""
+    lines = log.strip().splitlines()
+    return "\n".join(["", "The log of that 500:", *lines[-MOST_LINES:]])
 
 
 def describe(error: BaseException) -> str:

@@ -9,7 +9,16 @@ An edit has one of four forms. Each looks for a text that stands there exactly o
 """
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
+
+
+def demand_packages() -> None:
+    """End the program with one clear line if it runs outside of the .venv."""
+    for name in ("fastapi", "pytest"):
+        if importlib.util.find_spec(name) is None:
+            sys.exit(f"There is no {name} here. Run it with .venv/bin/python.")
 
 
 class EditError(Exception):

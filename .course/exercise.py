@@ -1,9 +1,9 @@
 """The exercises: which are red, which are green, and what to try next.
 
-    python .course/exercise.py                     the board: all of them
-    python .course/exercise.py rerun               what to build, and what is missing
-    python .course/exercise.py rerun --hint 2      the first two hints
-    python .course/exercise.py rerun --solution    one way to solve it
+    .venv/bin/python .course/exercise.py                     the board: all of them
+    .venv/bin/python .course/exercise.py rerun               what to build
+    .venv/bin/python .course/exercise.py rerun --hint 2      the first two hints
+    .venv/bin/python .course/exercise.py rerun --solution    one way to solve it
 
 You work in taskqueue.py itself. --solution does not touch that file. It shows the
 solution as a diff against the original, and writes the solved file beside yours.
@@ -106,6 +106,8 @@ def show(name: str) -> None:
         print("Then compare: --solution")
     else:
         print(f"A hint? {PYTHON} .course/exercise.py {name} --hint 1")
+        test = os.path.relpath(FOLDER / f"test_{name}.py")
+        print(f"All that pytest says: {PYTHON} -m pytest {test}")
 
 
 def originals() -> Iterator[str]:
@@ -154,6 +156,7 @@ def table() -> str:
 
 def main() -> None:
     """Do what the command line says."""
+    edits.demand_packages()
     name, *rest = sys.argv[1:] or [""]
     if name == "":
         board()

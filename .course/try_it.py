@@ -1,7 +1,7 @@
 """Try a task queue service over HTTP: does it work, and which traps does it fall into?
 
-    python .course/try_it.py naive          .course/naive.py, beside taskqueue.py
-    python .course/try_it.py my_queue.py    your own file, which has an `app`
+    .venv/bin/python .course/try_it.py naive          .course/naive.py
+    .venv/bin/python .course/try_it.py my_queue.py    your own file, with an `app`
 
 Each check starts a server of its own, on a free port, and takes some seconds.
 """
@@ -18,7 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+try:
+    import httpx
+except ImportError:
+    sys.exit("There is no httpx here. Run it with .venv/bin/python.")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

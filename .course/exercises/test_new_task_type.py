@@ -1,8 +1,9 @@
 """A new task type: `transcode_video`, with `url` (text) and `format`.
 
 Both have a default, so that `{}` is a valid payload. `format` is "mp4" or "webm", and
-"mp4" if it isn't given. The result has both, `url` and `format`. Like the other handlers it only pretends, and reports its progress in some four
-stages. It takes a member of TaskType, a payload model, and a decorated function.
+"mp4" if it isn't given. The result has both, `url` and `format`. Like the other
+handlers it only pretends, and reports its progress in some four stages. It takes a
+member of TaskType, a payload model, and a decorated function.
 """
 
 import pytest
