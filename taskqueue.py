@@ -27,7 +27,7 @@ TWO IDEAS CARRY THE FILE
     thread. Each runs until it comes to an `await` that has to wait, and only there can
     another one run. So a function without `await` is atomic: it runs to its end before
     any other coroutine runs. It needs no lock. (A plain `def` handler runs in a thread
-    of its own, beside all that. It can't touch the queue from there.)
+    of its own, beside all that. The queue raises an error if it is called from there.)
 
 2.  Look, then wait. Some coroutines wait for something: a stream waits for news. It
     looks first. If there is nothing new, it waits for a signal, and looks again. The
@@ -290,8 +290,8 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     levels. The message mostly says where: "result.rows[3] is of type date, which JSON has
     no form for".
 
-    `room` is a budget: so many bytes may the JSON have. Each value costs at least a part
-    of what it will take. What is left is returned.
+    `room` is a budget: the number of bytes that the JSON may have. Each value costs some
+    of them, never more than it will take. What is left is returned.
 
     GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
     a value is kept as it came. Then every later `GET /tasks` that shows this task is a
@@ -552,10 +552,10 @@ def is_async(function: Handler) -> bool:
     return callable(function) and inspect.iscoroutinefunction(type(function).__call__)
 
 
-# NEW: A context variable is a global variable that can have many values at once. An
-# asyncio task is a coroutine that runs beside the others (more of them in Workers), and
-# each has a value of its own. It begins with that of the code which has started it. Each
-# worker loop sets this one. So the handlers that it starts see the settings of their queue.
+# NEW: A context variable is a global variable with a value of its own in each asyncio
+# task. (That is a coroutine that runs beside the others: see Workers.) A new asyncio task
+# begins with the value of the code that has started it. Each worker loop sets this one.
+# So the handlers that it starts see the settings of their queue.
 current_settings = ContextVar("current_settings", default=DEFAULTS)
 
 
@@ -576,9 +576,9 @@ async def call_handler(
 ) -> Any:
     """Call a handler, and return `finish(result)`. Raises whatever the handler raises.
 
-    The queue passes a `finish` that makes JSON of the result. A large result takes its
-    time. Called in here, that is the time of the handler's thread, and not that of the
-    event loop.
+    The queue passes a `finish` that makes JSON of the result. That takes its time, if
+    the result is large. Called in here, a plain `def` handler spends the time of its own
+    thread on it, and not that of the event loop.
     """
     if is_async(function):
         return finish(await function(payload, update_progress))
@@ -611,13 +611,14 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the `await`
     where it waits. A coroutine can be interrupted in this way. A thread can't. If
     whoever awaits this is cancelled, the thread runs on, and its outcome is dropped. So
-    the queue does that only at its stop. Before, it asks a thread in another way: the
-    next `update_progress` raises.
+    the queue does that only when it gives up on a thread, at its stop. Earlier than
+    that, it can only ask the thread: the next `update_progress` raises.
 
     NEW: A future is a box for one outcome that comes later. A coroutine can await an
     asyncio.Future, but no thread may fill it. A thread may fill a
-    concurrent.futures.Future, but no coroutine can await it. asyncio.wrap_future() ties
-    a new one of the first kind to one of the second. It passes the outcome on.
+    concurrent.futures.Future, but no coroutine can await it. asyncio.wrap_future() takes
+    one of the second kind, and makes one of the first. It passes the outcome on. (It
+    passes a cancel back, too.)
 
     GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. It uses a pool, a group of
     threads that are used again and again. But that has only min(32, CPUs + 4) of them.
@@ -626,8 +627,8 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
     limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # Mark it as running. Else a cancel of whoever awaits it would cancel this box, too,
-    # and the thread that fills it later would die of an InvalidStateError.
+    # Mark it as running: so it can't be cancelled. Else a cancel of whoever awaits would
+    # be passed back to it, and the thread that fills it would get an InvalidStateError.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
@@ -715,7 +716,7 @@ async def send_email(payload: SendEmailPayload, update_progress: Reporter) -> An
 # lock. The price: they may be called in the thread of the event loop only.
 #
 # SIMPLIFIED: when the process ends, all is lost. Production keeps its tasks in a
-# database or a broker. There they survive a crash, and many processes can share them.
+# database, or in a broker, which is a server for queues. There they survive a crash, and many processes can share them.
 
 
 class QueueError(Exception):
@@ -848,7 +849,7 @@ class TaskStore:
         # Versions begin at the clock, in microseconds, and not at 0. WHY: a client of
         # the stream of all tasks was cut off, and comes back with the last version that
         # it saw. Meanwhile this server may have started again. All versions of its new
-        # life, from this start to the next end, must be above those of the old one.
+        # life, from its start to its end, must be above those of the old one.
         self.life = time.time_ns() // 1000
         self.version = self.life
         self.news = Signal()  # fires when any task changes
@@ -858,7 +859,7 @@ class TaskStore:
         self.by_change: dict[str, TaskRecord] = {}
         # In order of entering that status.
         self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
-        # By idempotency key. None is asked for, too, and never found.
+        # By idempotency key. It may be asked for None, and never has it.
         self.by_key: dict[str | None, TaskRecord] = {}
         self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
@@ -868,8 +869,8 @@ class TaskStore:
         """Raise RuntimeError in any thread or event loop but the queue's own.
 
         FastAPI runs a plain `def` route in a thread. There get_running_loop() itself
-        raises "no running event loop". Write `async def`, also if nothing is awaited.
-        What blocks goes into `await asyncio.to_thread(f)`, and the queue stays outside.
+        raises "no running event loop". Write `async def`, also if nothing is awaited. If
+        a part of the route must block, call that with `await asyncio.to_thread(f)`.
         """
         loop = asyncio.get_running_loop()
         if self.loop is not None and self.loop is not loop:
@@ -970,17 +971,19 @@ class TaskStore:
     # GOTCHA [slow-reader]: the usual design gives each stream a queue, and puts every
     # change into all of them. Then a phone on a train, in a tunnel, stops reading. What
     # it doesn't read piles up in our memory. Once it is back, it gets an hour of history.
+    #
     # Here a watcher holds one number, the last version that it has sent. While a client
     # doesn't read, the send to it has to wait. Meanwhile the generator below stands at
     # its `yield`. When it goes on, it takes the latest state. What came in between is
     # kept nowhere.
     #
-    # GOTCHA [snapshot-then-subscribe]: read the state first and subscribe then, and a
-    # change between the two is lost. Subscribe first, and old events follow a newer
-    # state: progress runs backwards. Here nobody subscribes. Look, and if there is
-    # nothing new, wait. Nothing can slip in between, although there is an `await`. Follow
-    # it: `await news.wait()` runs Signal.wait() at once. That makes the Event, and awaits
-    # it. Only there the turn is given up, and by then fire() can find the Event.
+    # GOTCHA [snapshot-then-subscribe]: to subscribe is to ask for all changes from now
+    # on. Read the state first and subscribe then, and a change between the two is lost.
+    # Subscribe first, and old changes follow a newer state: progress runs backwards.
+    # Here nobody subscribes. Look, and if there is nothing new, wait. Can a change come
+    # between the two? No. `await news.wait()` first runs Signal.wait(), in the same
+    # turn. That makes the Event. Only when it awaits the Event, others have their turn.
+    # And then fire() finds the Event.
     #
     # NEW: `yield` in an `async def` makes an async generator. `async for` takes from it
     # what it yields, one by one. In between, the generator stands still at its `yield`.
@@ -996,8 +999,8 @@ class TaskStore:
         if sent > record.version:  # it never had that version: the number is junk
             sent = 0
         # GOTCHA [never-entered]: a client can be gone before its response has begun.
-        # Then this generator is never started, and runs no `finally`. A counter that
-        # was raised by its caller would never come down. So it is raised here.
+        # Then this generator is never started, and runs no `finally`. If its caller had
+        # counted it, nobody would ever take it off again. So it is counted here.
         self.watchers += 1
         try:
             while True:
@@ -1228,10 +1231,10 @@ class TaskQueue:
         # for them. Made at import, they serve one app, or one test. The next one gets
         # "... is bound to a different event loop". So they are made here.
 
-        # GOTCHA [strong-reference]: a weak reference doesn't keep an object alive. The
-        # event loop has only such a one to an asyncio task that waits. If nobody else
-        # refers to that, it can be thrown away in the middle of its work: "Task was
-        # destroyed but it is pending!" So we keep it in an attribute.
+        # GOTCHA [strong-reference]: of an asyncio task that waits, the event loop has
+        # only a weak reference. That doesn't keep an object alive. If nobody else refers
+        # to it, it can be thrown away in the middle of its work: "Task was destroyed but
+        # it is pending!" So we keep it in an attribute.
         self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
         self._worker.add_done_callback(self._report_death)  # calls it at the end
         return self
@@ -1408,8 +1411,8 @@ class TaskQueue:
         slots are asleep. A timer holds no slot.
 
         GOTCHA [kept-context]: call_later keeps a copy of the caller's context
-        variables until it fires: a session, a user, for up to a day. So it gets an
-        empty context.
+        variables until it fires, for up to a day. Maybe a database session is among
+        them. So it gets an empty context.
         """
         if delay <= 0:
             self._make_ready(record)
@@ -1469,11 +1472,11 @@ class TaskQueue:
             # Nobody keeps the asyncio task here. But until its first step the event loop
             # has a strong reference to it. In that step it notes itself in the record.
             asyncio.create_task(self._attempt(record))
-            # sleep(0) gives up the turn, once. Mostly that is not needed: when all slots
-            # are taken, acquire() waits. But Python 3.12 can be told to start asyncio
-            # tasks eagerly: create_task() itself then runs the first step. A handler that
-            # waits for nothing ends in it, and gives its slot back. Nothing above would
-            # wait as long as the heap is not empty, and nobody else would get a turn.
+            # sleep(0) gives up the turn, once. As things are, that is not needed: soon
+            # all slots are taken, and acquire() waits. But Python 3.12 has an option for
+            # eager asyncio tasks: create_task() itself runs the first step. If then no
+            # handler has to wait, each slot comes back at once. This loop would go on
+            # until the heap is empty, and nobody else would have a turn.
             await asyncio.sleep(0)
 
     # First reading.
@@ -1484,10 +1487,10 @@ class TaskQueue:
         then it is still `pending`, although it is no longer in the heap.
 
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
-        first step runs none of its code, and no `finally`. Say that worker_loop marks a
-        task as `running`, and just then a client cancels it by force. It stays `running`
-        for ever, and its slot is lost. So it is marked in here. Until then it is
-        `pending`: cancel() only moves it to `cancelled`, and the first lines here see
+        first step runs none of its code, and no `finally`. Let worker_loop mark a task as
+        `running`, and a client cancel it by force before that step. Then it stays
+        `running` for ever, and its slot is lost. So it is marked in here. Until then it
+        is `pending`: cancel() only moves it to `cancelled`, and the first lines here see
         that. Nobody in this file can cancel the asyncio task itself so early: it stands
         in no attribute yet.
 
@@ -1505,12 +1508,13 @@ class TaskQueue:
         result_json = b"null"
         error: str | None = None
         report = ""
-        retry = False  # of an exception, as is the report
+        retry = False  # whether the exception, if there is one, allows it
         try:
             result_json = await self._run_handler(record)
         except BaseException as exception:
             error, report, retry = explain(exception)
-        # Nobody can take the slot before all is settled: there is no await in between.
+        # The slot is given back first: whatever is raised below, it is not lost. Nobody
+        # can take it before all is settled, because there is no await in between.
         slots.release()
         self._settle(record, result_json, error, retry)
         # To log comes last. A log handler may raise, and then all is settled already.
@@ -1528,7 +1532,7 @@ class TaskQueue:
         record.asyncio_task = asyncio.current_task()
         self.store.move(record, Status.RUNNING)
         # This comes after move(), because move() stops the timer. And it needs no empty
-        # context: the one that it keeps is that of this attempt, which lasts as long.
+        # context: what it keeps is that of this attempt, which lasts as long as the timer.
         loop = asyncio.get_running_loop()
         record.timer = loop.call_later(record.timeout, self._time_out, record)
 
@@ -1549,8 +1553,8 @@ class TaskQueue:
     def _make_update_progress(self, record: TaskRecord) -> Reporter:
         """Make the `update_progress` of one attempt. Any thread may call it.
 
-        NEW: Nothing of asyncio may be touched from another thread, but for some calls
-        that are made for it. `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
+        NEW: From another thread, nothing of asyncio may be touched. There are a few
+        exceptions, made for that. `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
         turn, in its own thread.
 
         GOTCHA [progress-from-thread]: wake a stream from a handler's thread, and it may
@@ -1569,8 +1573,9 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
-            # Both are about the attempt that runs now. Of a plain `def` handler it is this
-            # one: before its thread has ended, there is no other.
+            # These two are about the attempt that runs now. Could that be a later one, and
+            # this thread a forgotten one? No: before its thread has ended, a plain `def`
+            # handler is not tried again.
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1701,7 +1706,8 @@ class TaskQueue:
         try:
             await self._wait_for_attempts(self.settings.drain_seconds)
         finally:
-            # To ask changes no status. So nothing is taken out of this dict meanwhile.
+            # A dict must not change during a `for`. This one doesn't: to ask a handler
+            # changes no status.
             for record in self.store.by_status[Status.RUNNING].values():
                 record.cancel_requested = True
                 self._interrupt(record)
@@ -1841,10 +1847,11 @@ class RequestMiddleware:
             nonlocal body_size
             message = await receive()
             body_size += len(message.get("body", b""))
-            # FastAPI calls this while it reads the body. It catches an HTTPException, and
-            # answers with its 413. Nobody reads the body of a GET. But a stream calls this,
-            # too: it waits here for the news that the client has gone. An exception would
-            # break it.
+            # FastAPI calls this while it reads the body of a POST. It catches an
+            # HTTPException, and makes an answer of it. Once the answer has begun, it is
+            # too late for that. And a GET is left alone: its body is not read. But its
+            # stream calls this, too, to hear that the client has gone. An exception would
+            # break the stream.
             has_body = scope["method"] not in ("GET", "HEAD") and not answer_started
             if has_body and body_size > self.max_body:
                 raise HTTPException(413, f"The body has over {self.max_body} bytes")
@@ -1916,6 +1923,7 @@ class RequestMiddleware:
 
 router = APIRouter()
 PIECE = 65_536  # bytes that are sent at once, more or less
+MOST_ERRORS = 20  # that a 422 tells
 
 HTTP_STATUS: dict[type[QueueError], int] = {
     TaskNotFound: 404,
@@ -1955,7 +1963,7 @@ async def submit_task(
         task = queue_of(request).submit(submission, request_id, idempotency_key)
     except ValidationError as error:  # the payload doesn't fit its handler's model
         # Make of it what FastAPI raises for a bad body: so both get the same 422.
-        problems = error.errors()
+        problems = error.errors(include_url=False, include_input=False)[:MOST_ERRORS]
         for problem in problems:
             problem["loc"] = ("body", "payload", *problem["loc"])
         raise RequestValidationError(problems) from None
@@ -2074,12 +2082,17 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     """Send the frames until they end, or until the client has gone.
 
     sse-starlette's EventSourceResponse does four things beside each other. It sends the
-    frames. It sends a ping when there has been none for a while. It listens for the
-    client's hang-up. And if one send takes longer than `send_timeout` seconds, because
-    the client doesn't read, it closes the generator and raises SendTimeoutError, which
-    ends in the middleware.
+    frames. It sends a ping every `ping` seconds. It listens for the client's hang-up.
+    And it drops a client that has stopped reading. That goes like this:
 
-    When the process is told to stop, sse-starlette cuts each stream off after a grace
+    1. For a while nobody notices. What is sent goes into buffers of the operating system,
+       here and at the client. They hold a hundred KB or more, and that is many frames.
+    2. When they are full, `await send(…)` has to wait.
+    3. After `send_timeout` seconds, EventSourceResponse closes the generator of the
+       frames, and raises SendTimeoutError.
+    4. The `finally` in states() counts the watcher off. RequestMiddleware writes a line.
+
+    When a server is told to stop, sse-starlette cuts each stream off after a grace
     period. We make that endless, because our streams end by themselves: as soon as the
     queue is closed.
     """
@@ -2132,10 +2145,10 @@ async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     are two places where it may be.
 
     - In states(), at its `await`. CancelledError comes out there. On its way up it passes
-      the `finally` of both generators.
+      the `finally` there, and the `async with` here.
     - In a send. Then both generators stand at their `yield`. sse-starlette closes this
-      one: Python raises GeneratorExit at the `yield`. But it doesn't know of `states`,
-      from which this one reads. `async with aclosing(states)` closes it, too.
+      one: Python raises the exception GeneratorExit at the `yield`. But it doesn't know
+      of `states`, from which this one reads. `async with aclosing(states)` closes that.
     """
     ended = False
     async with contextlib.aclosing(states):
@@ -2219,14 +2232,14 @@ async def answer_queue_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
-    """422, with place and reason of each error; of the first 20, if there are more.
+    """422, with place and reason of each error; of the first MOST_ERRORS, if more.
 
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If
     that is a NaN, the answer can't be encoded, and the client's mistake is our 500.
     """
     assert isinstance(error, RequestValidationError)  # for the type checker
     detail = []
-    for problem in error.errors()[:20]:
+    for problem in error.errors()[:MOST_ERRORS]:
         message = problem["msg"]
         if problem["type"] == "json_invalid":
             message = f"{message}: {problem['ctx']['error']}"
@@ -2265,17 +2278,21 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 def hear_signals() -> None:
     """See to it that sse-starlette learns of a Ctrl-C or SIGTERM.
 
+    Skip it at first. It is needed with uvicorn's `--reload` and `--workers` alone.
+
     NEW: With a signal, the operating system tells a process something. SIGINT is Ctrl-C,
-    and `kill` sends SIGTERM. Of each, a process can register a function that Python
+    and `kill` sends SIGTERM. For each, a process can register a function that Python
     then calls. (Our class Signal has only the name in common.)
 
-    1. uvicorn registers a method of its server, `server.handle_exit`, for signals.
-    2. sse-starlette, when it is imported, puts a method of its own into uvicorn's class
-       in the place of `handle_exit`. That one notes the signal, and calls the old one.
-    3. With `--reload` or `--workers`, 1 comes before 2. So the old method is registered.
+    uvicorn registers a method of its server, handle_exit(). sse-starlette wants to know,
+    too. As soon as it is imported, it puts a method of its own in the place of that one,
+    in uvicorn's class. That notes the signal, and calls uvicorn's. But with those two
+    options, uvicorn starts a process, registers its method there, and imports this file
+    only then. It is too late: what is registered is uvicorn's own.
 
-    Then the new one must be registered here. `__self__` of a method is its object: here
-    the server. And the server's `handle_exit` is the new method by now.
+    So we look what is registered. If it is a method of a server (`__self__` is the object
+    of a method), we register that server's handle_exit() again. By now, that is the one
+    of sse-starlette.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
@@ -2292,15 +2309,27 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     GOTCHA [shutdown-order]: at Ctrl-C, uvicorn waits until all answers have ended. Only
     then it ends the lifespan, and with it the queue. But a stream doesn't end by
     itself. So Ctrl-C hangs: "Waiting for connections to close. (CTRL+C to force quit)".
-    So the app looks out for the signal itself, ten times a second. Each stream sends a
-    last frame, and ends. That a signal has come, sse-starlette notes in
-    AppStatus.should_exit. This is one flag for the whole process.
+    Here the app looks out for the signal itself. This is what a Ctrl-C does:
 
-    GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process. One
-    of them is ended by a flag of its own: `server.should_exit = True`. Where streams
-    listen for the end of any server, those of the other one are cut off, too. So this
-    listens for signals alone: they are meant for all. The price: whoever ends a server by
-    its flag calls `queue.begin_shutdown()` first. The demo's Server does.
+    1. uvicorn notes it, in a flag of its server. sse-starlette notes it, in
+       AppStatus.should_exit, a flag for the whole process.
+    2. uvicorn looks at its flag ten times a second. It takes no new connections from
+       then on, and waits for the answers that have begun.
+    3. So does this function, with the other flag. It calls begin_shutdown().
+    4. That wakes all watches, and they end. Each stream sends its last frame, of the
+       event "shutdown", and ends, too.
+    5. Now that all answers have ended, uvicorn ends the lifespan: see create_app().
+    6. So `__aexit__` of the queue runs. Handlers get `drain_seconds`, as it says.
+
+    (`python taskqueue.py` adds to this: a second Ctrl-C ends the process at once, and
+    clients that don't read hold up nothing. See Server, below the lesson.)
+
+    GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process. Code
+    ends one of them, by `server.should_exit = True`. Then the streams of the other must
+    go on. So this function does not look at such flags. It looks only at the one that a
+    signal sets, because a signal is meant for all. (sse-starlette looks at both, and cuts
+    streams off. event_stream() sees to it that it doesn't.) The price: whoever ends a
+    server by its own flag calls `queue.begin_shutdown()` first. The demo's Server does.
     """
     while not AppStatus.should_exit:
         await asyncio.sleep(0.1)
