@@ -2521,6 +2521,7 @@ function drawSlots(running, finished, now) {
   for (const slot of slots) {
     slot.task = running.find((task) => keyOf(task) === slot.bar?.dataset.key);
   }
+  // Also those that have ended: the page may never have heard that they run.
   for (const task of [...finished.toReversed(), ...running]) {
     if (task.started_at && !find(`.bar[data-key="${keyOf(task)}"]`)) addBar(task, slots, now);
   }
@@ -2534,7 +2535,8 @@ function drawSlots(running, finished, now) {
     if (now - bar.end > MINUTE) bar.remove();
   }
 }
-// The server does not tell which slot a task has. The page gives it the first that is free.
+// The server does not tell which slot a task has. The page gives it the first that was free.
+// The two clocks may differ: then it takes any that is free now.
 function addBar(task, slots, now) {
   const start = Date.parse(task.started_at);
   const end = Date.parse(task.completed_at) || now;
@@ -2596,7 +2598,7 @@ function arrange(list, wanted) {
 
 // ----- Drawing: ten times a second, however many news have come
 function draw() {
-  if (!queue) return;
+  if (!queue || document.hidden) return;
   const now = Date.now();
   const focused = document.activeElement.value;
   const all = [...tasks.values()];
