@@ -2369,7 +2369,6 @@ PAGE = r"""<!doctype html>
   * { box-sizing: border-box; margin: 0; padding: 0; }
   body { padding: 0.6rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
   body, header, nav, ol, li { display: flex; flex-wrap: wrap; gap: 0.3rem 0.7rem; }
-  header { width: 100%; }
   main { flex: 99 1 38rem; min-width: 0; }
   aside { flex: 1 1 19rem; min-width: 0; }
   h1, h2 { font-size: 1rem; }
@@ -2378,11 +2377,13 @@ PAGE = r"""<!doctype html>
   b, output, summary { color: var(--tone); }
   p, pre, form, main > ol { padding: 0.3rem 0.6rem; background: var(--card); }
   pre { font: inherit; white-space: pre-wrap; max-height: 16rem; overflow: auto; }
+  pre:empty { display: none; }
   button, input, select, textarea { padding: 0 0.4rem; font: inherit; }
   label, .slot { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); }
+  .slot { grid-template-columns: 3.4rem minmax(0, 1fr); }
   :focus-visible { outline: 3px solid; }
   .stale { filter: grayscale(1); opacity: 0.85; }
-  li { width: 100%; min-height: 1.8rem; align-items: center; }
+  header, li { width: 100%; min-height: 1.8rem; align-items: center; }
   li b { width: 4.8rem; }
   li a { width: 11.8rem; }
   progress, details { flex: 1 1 12rem; min-width: 0; accent-color: var(--tone); }
@@ -2466,6 +2467,7 @@ function element(tag, text = "", properties = {}) {
 }
 
 // ----- What the server tells
+const hearTask = (task) => tasks.set(task.id, task);
 function connect() {
   source?.close();
   source = new EventSource("events");
@@ -2486,9 +2488,6 @@ function setState(state, text) {
   find("#state").className = state;
   find("main").className = state === "gone" ? "stale" : "";
   say("#state", text);
-}
-function hearTask(task) {
-  tasks.set(task.id, task);
 }
 function hearQueue(news) {
   if (queue && queue.life !== news.life) location.reload();  // the server was started again
