@@ -2402,9 +2402,9 @@ PAGE = r"""<!doctype html>
 <style nonce="NONCE">
   :root {
     color-scheme: light dark;
-    --ink: light-dark(#17212d, #e8edf3);
-    --card: light-dark(#ffffff, #1b232e);
+    color: light-dark(#17212d, #e8edf3);
     background: light-dark(#e3eaf1, #0e1319);
+    --card: light-dark(#ffffff, #1b232e);
     font: clamp(16px, 0.6vw + 9px, 28px) / 1.4 system-ui, sans-serif;
   }
   .HIGH { --tone: light-dark(#a6370a, #ffab6b); }
@@ -2412,57 +2412,52 @@ PAGE = r"""<!doctype html>
   .LOW, .cancelled { --tone: light-dark(#4d5a68, #b3bfcb); }
   .completed, .live, .good { --tone: light-dark(#0b6e31, #62d68c); }
   .failed, .gone, .bad { --tone: light-dark(#b3151f, #ff9393); }
-  * { box-sizing: border-box; margin: 0; padding: 0; color: var(--ink); font: inherit; }
+  * { box-sizing: border-box; margin: 0; padding: 0; }
   body { padding: 0.6rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-  header, nav, ol, li { display: flex; flex-wrap: wrap; align-items: center; gap: 0.3rem 0.7rem; }
-  h1, h2, b, output { font-weight: 650; }
+  body, header, nav, ol, li { display: flex; flex-wrap: wrap; gap: 0.3rem 0.7rem; }
+  main { flex: 99 1 38rem; min-width: 0; }
+  aside { flex: 1 1 19rem; min-width: 0; }
+  h1, h2 { font-size: 1rem; }
   h2 { margin: 0.7rem 0 0.1rem; }
-  b, output, summary { color: var(--tone, var(--ink)); }
-  main > :not(h2), form, pre, p { padding: 0.3rem 0.6rem; background: var(--card); }
-  pre { white-space: pre-wrap; max-height: 16rem; overflow: auto; }
+  a { color: inherit; }
+  b, output, summary { color: var(--tone); }
+  p, pre, form, main > ol { padding: 0.3rem 0.6rem; background: var(--card); }
+  pre { font: inherit; white-space: pre-wrap; max-height: 16rem; overflow: auto; }
   pre:empty { display: none; }
-  button, input, select, textarea { padding: 0 0.4rem; }
-  label, .lane { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); }
-  .lane { grid-template-columns: 3.4rem minmax(0, 1fr); }
+  button, input, select, textarea { padding: 0 0.4rem; font: inherit; }
+  label, .slot { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); }
+  .slot { grid-template-columns: 3.4rem minmax(0, 1fr); }
   :focus-visible { outline: 3px solid; }
   .stale { filter: grayscale(1); opacity: 0.85; }
-  li { width: 100%; min-height: 1.8rem; }
+  header, li { width: 100%; min-height: 1.8rem; align-items: center; }
   li b { width: 4.8rem; }
   li a { width: 11.8rem; }
   progress, details { flex: 1 1 12rem; min-width: 0; accent-color: var(--tone); }
   details:not([open]) summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  .lane ol:empty::before { content: "free"; }
+  .slot ol:empty::before { content: "free"; }
   .track { position: relative; grid-column: 2; height: 1.6rem; overflow: hidden; }
   .bar { position: absolute; height: 1.4rem; overflow: hidden; }
+  .bar, #ready li { border-radius: 0.3rem; background: var(--tone); color: var(--card); }
   #ready { max-height: 13rem; overflow: hidden auto; }
-  #ready li, .bar { border-radius: 0.3rem; background: var(--tone); color: var(--card); }
   #ready li { width: auto; padding: 0 0.5rem; animation: arrive 0.6s; }
   #ready :is(a, b) { width: auto; color: inherit; }
-  #ready :is(progress, details) { display: none; }
+  #ready details { display: none; }
   @keyframes arrive { from { transform: translateX(60vw); } }
   @media (prefers-reduced-motion) { #ready li { animation: none; } }
-  @media (min-width: 62rem) {
-    body { display: grid; grid-template: auto auto 1fr / minmax(0, 1fr) 20rem; gap: 0 1.2rem; }
-    header { grid-column: span 2; }
-    aside { grid-area: 2 / 2 / span 2; }
-  }
 </style>
 
 <header>
   <h1>taskqueue</h1>
-  <output id="state">connecting…</output>
+  <b><output id="state">connecting…</output></b>
   <span id="heard"></span>
   <a href="docs">API docs</a>
   <a href="metrics">Metrics</a>
 </header>
-<section>
+<main>
   <nav id="scenarios" aria-label="Scenarios"></nav>
   <p id="caption" role="status">Press a button. Here it says what to watch, and what does it.</p>
-</section>
-<main>
   <h2 id="slots-title">Slots</h2>
   <ol id="slots"></ol>
-  <div class="lane">news <div id="news" class="track"></div></div>
   <h2 id="ready-title">Ready heap</h2>
   <ol id="ready"></ol>
   <h2 id="waiting-title">Delay or backoff</h2>
@@ -2483,7 +2478,7 @@ PAGE = r"""<!doctype html>
   </form>
   <h2>The last request <span id="counter"></span></h2>
   <b id="request"></b>
-  <output id="answer"></output>
+  <b><output id="answer"></output></b>
   <pre id="curl"></pre>
   <button id="copy">Copy as curl</button>
   <pre id="details"></pre>
@@ -2501,17 +2496,14 @@ const MINUTE = 60_000;
 const PRIORITIES = {1: "HIGH", 5: "MEDIUM", 10: "LOW"};
 const tasks = new Map();  // by id: what the server has told last
 let queue = null;  // the latest `queue` event
+let heardAt = 0;  // when it came
 let source = null;  // the EventSource
 let late = 0;  // the timer that says after two seconds that there is no connection
-let heardAt = 0;  // when there was news
-let newsBar = null;  // what the strip shows of it
-let rightAt = 0;  // when the page last knew of no more tasks than the server
 
 const find = (selector) => document.querySelector(selector);
 const seconds = (milliseconds) => `${(Math.max(0, milliseconds) / 1000).toFixed(1)} s`;
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-const nameOf = (task) => `${task.task_type} ${task.id.slice(0, 4)}`;
 const keyOf = (task) => `${task.id} ${task.attempt}`;
+const percent = (milliseconds) => `${(100 * milliseconds) / MINUTE}%`;
 const startsAt = (task) => Date.parse(task.not_before) || 0;
 function say(selector, text) {
   const node = find(selector);
@@ -2522,6 +2514,7 @@ function element(tag, text = "", properties = {}) {
 }
 
 // ----- What the server tells
+const hearTask = (task) => tasks.set(task.id, task);
 function connect() {
   source?.close();
   source = new EventSource("events");
@@ -2529,7 +2522,8 @@ function connect() {
   late = setTimeout(setState, 2000, "bad", "No connection. A browser has six: close other tabs?");
   source.onopen = () => {
     setState("live", "● live");
-    learnOlder().catch(() => {});  // the server is gone again: onerror says so
+    askFor("running").catch(() => {});  // the server is gone again: onerror says so
+    askFor("pending").catch(() => {});
   };
   source.onerror = () => {
     setState("gone", "The server is gone. This is what was. Trying again…");
@@ -2537,10 +2531,6 @@ function connect() {
   };
   source.addEventListener("task", (event) => hearTask(JSON.parse(event.data)));
   source.addEventListener("queue", (event) => hearQueue(JSON.parse(event.data)));
-  source.addEventListener("shutdown", () => {
-    setState("gone", "The server has shut down. This is what was. Waiting…");
-    source.onerror = null;
-  });
 }
 function setState(state, text) {
   clearTimeout(late);
@@ -2548,25 +2538,17 @@ function setState(state, text) {
   find("main").className = state === "gone" ? "stale" : "";
   say("#state", text);
 }
-function hearTask(task) {
-  tasks.set(task.id, task);
-}
 function hearQueue(news) {
-  const now = Date.now();
   if (queue && queue.life !== news.life) location.reload();  // the server was started again
   if (!queue) makeSlots(news.workers);
   queue = news;
-  if (now - heardAt > 1000) newsBar = addBar(find("#news"), "", "LOW", now);
-  newsBar.end = now;
-  heardAt = now;
+  heardAt = Date.now();
 }
 // The stream begins with the latest 100 tasks. More may run or wait: the page asks for those.
-async function learnOlder() {
-  for (const status of ["running", "pending"]) {
-    const answer = await fetch(`tasks?status=${status}&limit=1000`);
-    const page = await answer.json();
-    for (const task of page.tasks) hearTask(tasks.get(task.id) ?? task);
-  }
+async function askFor(status) {
+  const answer = await fetch(`tasks?status=${status}&limit=1000`);
+  const page = await answer.json();
+  for (const task of page.tasks) hearTask(tasks.get(task.id) ?? task);
 }
 // A browser has six connections for a server and all its tabs. A hidden page gives its own back.
 document.addEventListener("visibilitychange", () => {
@@ -2577,117 +2559,110 @@ document.addEventListener("visibilitychange", () => {
 // ----- Slots: in each the task that runs there, and a strip of the last minute
 function makeSlots(count) {
   for (let number = 1; number <= count; number += 1) {
-    const slot = element("li", `slot ${number}`, {className: "lane"});
+    const slot = element("li", `slot ${number}`, {className: "slot"});
     slot.append(element("ol"), element("div", "", {className: "track"}));
     find("#slots").append(slot);
   }
 }
-// The server does not tell which slot a task has. The page gives it the first that is free.
 function drawSlots(running, finished, now) {
   const slots = [...find("#slots").children];
-  const tasksIn = (slot) => running.filter((task) => keyOf(task) === slot.bar?.dataset.key);
   for (const slot of slots) {
-    if (slot.bar?.end === Infinity && tasksIn(slot).length === 0) slot.bar.end = now;
+    slot.task = running.find((task) => keyOf(task) === slot.bar?.dataset.key);
   }
+  // Also those that have ended: the page may never have heard that they run.
   for (const task of [...finished.toReversed(), ...running]) {
-    if (task.started_at && !find(`.bar[data-key="${keyOf(task)}"]`)) dealSlot(task, slots, now);
+    if (task.started_at && !find(`.bar[data-key="${keyOf(task)}"]`)) addBar(task, slots, now);
   }
-  for (const slot of slots) arrange(slot.firstElementChild, tasksIn(slot), now);
+  for (const slot of slots) {
+    if (slot.task) slot.bar.end = now;
+    arrange(slot.firstElementChild, slot.task ? [slot.task] : []);
+  }
+  for (const bar of document.querySelectorAll(".bar")) {
+    bar.style.right = percent(now - bar.end);
+    bar.style.width = percent(bar.end - bar.start);
+    if (now - bar.end > MINUTE) bar.remove();
+  }
 }
-function dealSlot(task, slots, now) {
+// The server does not tell which slot a task has. The page gives it the first that was free.
+// The two clocks may differ: then it takes any that is free now.
+function addBar(task, slots, now) {
   const start = Date.parse(task.started_at);
-  const end = Date.parse(task.completed_at) || Infinity;  // it still runs
-  const isFreeAt = (time) => (slot) => !slot.bar || slot.bar.end <= time;
-  const slot = slots.find(isFreeAt(start)) ?? slots.find(isFreeAt(task.completed_at ? start : now));
+  const end = Date.parse(task.completed_at) || now;
+  const free = slots.filter((slot) => !slot.task);
+  const slot = free.find((slot) => !slot.bar || slot.bar.end <= start) ?? free[0];
   if (!slot || now - end > MINUTE) return;
-  slot.bar = addBar(slot.lastElementChild, task.id.slice(0, 4), PRIORITIES[task.priority], start);
-  slot.bar.end = end;
+  const className = `bar ${PRIORITIES[task.priority]}`;
+  slot.bar = element("span", task.id.slice(0, 4), {className, start, end});
   slot.bar.dataset.key = keyOf(task);
-}
-function addBar(track, text, priority, start) {
-  const bar = element("span", text, {className: `bar ${priority}`, start, end: start});
-  track.append(bar);
-  return bar;
-}
-function drawBar(bar, now) {
-  const end = Math.min(bar.end, now);
-  bar.style.setProperty("left", `${100 - (100 * (now - bar.start)) / MINUTE}%`);
-  bar.style.setProperty("width", `${(100 * (end - bar.start)) / MINUTE}%`);
-  if (now - end > MINUTE) bar.remove();
+  slot.lastElementChild.append(slot.bar);
+  if (task.status === "running") slot.task = task;
 }
 
 // ----- Rows. A task has the same row in every list. The style makes a chip of it in the heap.
 function makeRow(task) {
-  const name = nameOf(task);
-  const priority = PRIORITIES[task.priority];
+  const name = `${task.task_type} ${task.id.slice(0, 4)}`;
   const runs = task.status === "running";
-  const row = element("li", "", {className: priority});
+  const row = element("li", "", {className: PRIORITIES[task.priority]});
   const details = element("details");
   const button = element("button", runs ? "Stop" : "×", {value: task.id});
   button.ariaLabel = `${runs ? "Stop" : "Cancel"} ${name}`;
-  button.onclick = () => cancel(task.id);
-  details.append(element("summary"));
-  row.append(element("b", priority), element("a", name, {href: `tasks/${task.id}/stream`}));
-  row.append(element("progress", "", {max: 100, ariaLabel: name}), details, button);
+  button.onclick = async () => {
+    const answer = await send("DELETE", `tasks/${task.id}?force=${runs}`);
+    if (answer.status === 202) button.textContent = "stopping…";
+  };
+  details.append(element("summary", describe(task), {className: task.status}));
   row.dataset.key = keyOf(task);
+  row.append(element("b", row.className), element("a", name, {href: `tasks/${task.id}/stream`}));
+  if (runs) row.append(element("progress", "", {max: 100, ariaLabel: name}));
+  row.append(details);
+  if (!task.completed_at) row.append(button);
   return row;
 }
-function drawRow(row, task, now) {
-  const [, , progress, details, button] = row.children;
-  details.firstChild.textContent = describe(task, now);
-  details.firstChild.className = task.status;
-  progress.value = task.progress;
-  progress.hidden = task.status !== "running";
-  button.hidden = task.completed_at !== null;
-}
-function describe(task, now) {
+function describe(task) {
   const attempt = `attempt ${task.attempt} of ${task.max_retries + 1}`;
+  const wait = seconds(startsAt(task) - Date.now());
+  if (task.status === "pending") return `starts in ${wait}, ${attempt} ${task.error ?? ""}`;
   const begun = Date.parse(task.started_at ?? task.completed_at);
-  const waited = seconds(begun - Date.parse(task.created_at));
-  const ran = seconds((Date.parse(task.completed_at) || now) - begun);
-  const outcome = task.error ?? (task.status === "completed" ? JSON.stringify(task.result) : "");
+  const ran = seconds((Date.parse(task.completed_at) || Date.now()) - begun);
   if (task.status === "running") return `${task.progress} %, ${ran}, ${attempt}`;
-  const wait = seconds(startsAt(task) - now);
-  if (task.status === "pending") return `starts in ${wait}, ${attempt} ${outcome}`;
+  const waited = seconds(begun - Date.parse(task.created_at));
+  const outcome = task.status === "completed" ? JSON.stringify(task.result) : task.error ?? "";
   return `${task.status}, ${attempt}, waited ${waited}, ran ${ran} ${outcome}`;
 }
 // Make the rows of a list those of `wanted`, in their order. A row that stays is kept.
-function arrange(list, wanted, now) {
-  const keys = wanted.map(keyOf);
-  for (const row of [...list.children]) {
-    if (!keys.includes(row.dataset.key)) row.remove();
+function arrange(list, wanted) {
+  const known = new Map([...list.children].map((row) => [row.dataset.key, row]));
+  const rows = wanted.map((task) => known.get(keyOf(task)) ?? makeRow(task));
+  for (const row of known.values()) {
+    if (!rows.includes(row)) row.remove();
   }
-  for (const [place, task] of wanted.entries()) {
-    const known = [...list.children].find((row) => row.dataset.key === keys[place]);
-    const row = known ?? makeRow(task);
+  for (const [place, row] of rows.entries()) {
+    const task = wanted[place];
     if (list.children[place] !== row) list.insertBefore(row, list.children[place]);
-    if (!known || !task.completed_at) drawRow(row, task, now);  // what has ended stays as it is
+    if (!task.completed_at) row.querySelector("summary").textContent = describe(task);
+    if (task.status === "running") row.querySelector("progress").value = task.progress;
   }
 }
 
 // ----- Drawing: ten times a second, however many news have come
-function inTurn(a, b) {
-  if (a.priority !== b.priority) return a.priority - b.priority;
-  return a.created_at < b.created_at ? -1 : 1;
-}
 function draw() {
-  if (!queue) return;
+  if (!queue || document.hidden) return;
   const now = Date.now();
   const focused = document.activeElement.value;
   const all = [...tasks.values()];
   const running = all.filter((task) => task.status === "running");
-  const pending = all.filter((task) => task.status === "pending").sort(inTurn);
+  const pending = all.filter((task) => task.status === "pending");
+  const finished = all.filter((task) => task.completed_at);
   const ready = pending.filter((task) => startsAt(task) <= now);
   const waiting = pending.filter((task) => startsAt(task) > now);
-  const finished = all.filter((task) => task.completed_at);
+  ready.sort((a, b) => a.priority - b.priority || a.created_at.localeCompare(b.created_at));
   waiting.sort((a, b) => startsAt(a) - startsAt(b));
-  finished.sort((a, b) => (a.completed_at < b.completed_at ? 1 : -1));
+  finished.sort((a, b) => b.completed_at.localeCompare(a.completed_at));
   for (const task of finished.splice(50)) tasks.delete(task.id);
   drawSlots(running, finished, now);
-  arrange(find("#ready"), ready.slice(0, 40), now);
-  arrange(find("#waiting"), waiting.slice(0, 20), now);
-  arrange(find("#finished"), finished, now);
-  for (const bar of document.querySelectorAll(".bar")) drawBar(bar, now);
+  arrange(find("#ready"), ready.slice(0, 40));
+  arrange(find("#waiting"), waiting.slice(0, 20));
+  arrange(find("#finished"), finished);
   if (document.activeElement === document.body) find(`main [value="${focused}"]`)?.focus();
   const {tasks: counts, workers} = queue;
   say("#heard", `last heard from the server ${seconds(now - heardAt)} ago`);
@@ -2695,39 +2670,34 @@ function draw() {
   say("#ready-title", `Ready heap: ${counts.pending - waiting.length} wait, the next one first`);
   say("#waiting-title", `Delay or backoff: ${waiting.length} wait for their time`);
   say("#finished-title", `Finished: ${counts.completed} completed, ${counts.failed} failed`);
-  // A task may end and be evicted before its end is told. Then the page knows one too many.
-  if (running.length + pending.length <= counts.running + counts.pending) rightAt = now;
-  if (now - rightAt > 2000) connect();
+  // A task may be evicted before its end is told. Then the page knows one too many, and asks anew.
+  const tooMany = running.length + pending.length > counts.running + counts.pending;
+  if (tooMany && now - heardAt > 1000) connect();
 }
 
 // ----- Requests
 async function send(method, path, body) {
   const url = new URL(path, location.href);
   const headers = {"Content-Type": "application/json"};
-  const slow = setTimeout(say, 2000, "#answer", "No answer for two seconds…");
-  let answer = Response.error();  // until there is another: its status is 0
-  let json = {};
-  try {
-    answer = await fetch(url, {method, headers, body});
-    json = await answer.json();
-  } catch (error) {
-    json = {detail: `${error}. Is the server gone?`};
-  }
-  clearTimeout(slow);
   const quoted = body?.replaceAll("'", "'\\''");
   const data = body ? ` -H 'Content-Type: application/json' -d '${quoted}'` : "";
+  const slow = setTimeout(say, 2000, "#answer", "No answer for two seconds…");
+  let answer = Response.error();  // until there is another: its status is 0
+  let text = "";
+  try {
+    answer = await fetch(url, {method, headers, body});
+    text = JSON.stringify(await answer.json(), null, 1);
+  } catch (error) {
+    text = `${error}. Is the server gone?`;
+  }
+  clearTimeout(slow);
   const lines = [...answer.headers].map((pair) => pair.join(": "));
   find("#answer").className = answer.ok ? "good" : "bad";
   say("#request", `${method} ${url.pathname}${url.search}`);
   say("#curl", `curl -i -X ${method} '${url}'${data}`);
   say("#answer", answer.status ? `${answer.status} ${answer.statusText}` : "No answer");
-  say("#details", `${lines.join("\n")}\n${JSON.stringify(json, null, 1)}`);
-  return {answer, json};
-}
-async function cancel(id) {
-  const force = tasks.get(id)?.status === "running";
-  const {answer} = await send("DELETE", `tasks/${id}?force=${force}`);
-  if (answer.status === 202) find(`[value="${id}"]`)?.replaceChildren("stopping…");
+  say("#details", [...lines, text].join("\n"));
+  return answer;
 }
 // What was typed goes out as it is: so the API says what is wrong with it, and 1.0 stays 1.0.
 find("form").onsubmit = (event) => {
@@ -2746,23 +2716,15 @@ const high = {task_type: "send_email", priority: 1};
 const lost = {...high, max_retries: 4, payload: {to: "nobody@example.invalid"}};
 const blocker = {...image, priority: 1, payload: {block_the_loop: true}};
 async function submit(submissions) {
-  let exchange = null;
   for (const [place, submission] of submissions.entries()) {
-    exchange = await send("POST", "tasks", JSON.stringify(submission));
+    const answer = await send("POST", "tasks", JSON.stringify(submission));
     say("#counter", `(${place + 1} sent)`);
-    if (!exchange.answer.ok) break;
+    if (!answer.ok) break;
   }
-  return exchange.json;
-}
-async function cancelReport() {
-  const {id} = await submit([report]);
-  while (tasks.get(id)?.status === "pending") await pause(100);
-  await pause(1000);
-  cancel(id);
 }
 async function block() {
-  submit([image, image, blocker]);
-  await pause(500);
+  const others = Array(Math.min(2, queue.workers - 1)).fill(image);
+  await submit([...others, blocker]);
   send("GET", "health");
 }
 async function cancelAll() {
@@ -2786,8 +2748,6 @@ addScenario("Fails and retries", () => submit([lost, ...Array(6).fill(image)]),
   "_settle() sends it back to wait out a backoff_delay(). Meanwhile others have its slot.");
 addScenario("Fill the queue", () => submit(Array(queue.max_pending + 100).fill(low)),
   "When no more may wait, submit() raises QueueFull: a 503 with Retry-After. No POST waits.");
-addScenario("Cancel a report", cancelReport,
-  "cancel() answers 202. Its thread goes on until its next report of progress: run_in_thread().");
 addScenario("Block the loop", block,
   "A handler calls time.sleep(3) within _attempt(). Nobody else has a turn: no news, no answer.");
 addScenario("Cancel all that wait", cancelAll, "A DELETE for each. cancel() ends it at once.");

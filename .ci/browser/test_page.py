@@ -570,7 +570,7 @@ def test_each_scenario_has_a_caption_that_stays_and_names_a_function(serve, visi
         assert names
         for name in names:
             assert f"def {name}(" in source, caption
-    assert len(set(captions)) == len(captions) == 7
+    assert len(set(captions)) == len(captions) == 6
 
 
 def test_scenario_burst(serve, visit):
@@ -609,10 +609,11 @@ def test_scenario_fill_ends_with_a_503(serve, visit):
     expect(page.locator("#ready-title")).to_contain_text("30 wait")
 
 
-def test_scenario_cancel_a_report(serve, visit):
+def test_a_report_that_is_stopped_goes_on_for_a_moment(serve, visit):
     server = serve("--pace", "2", "--failure-rate", "0")
     page = visit(server)
-    play(page, "Cancel a report")
+    task = server.submit("generate_report")
+    row_of(page, task).get_by_role("button", name="Stop").click()
     expect(rows(page, "slots").get_by_role("button")).to_have_text("stopping…")
     expect(answer(page)).to_have_text("202 Accepted")
     expect(rows(page, "finished")).to_contain_text(["cancelled, attempt 1 of 1"])
@@ -626,14 +627,7 @@ def test_scenario_block_the_loop(serve, visit):
     expect(answer(page)).to_have_text("No answer for two seconds…")
     expect(answer(page)).to_have_text("200 OK")
     expect(rows(page, "finished")).to_have_count(3)
-    bar, gap = page.locator("#slots .bar.HIGH"), page.locator("#news .bar")
-    expect(bar).to_have_count(1)
-    expect(gap).to_have_count(2)
-    before, after = (box.bounding_box() for box in gap.all())
-    minute = page.locator("#news").bounding_box()["width"]
-    assert (
-        after["x"] - (before["x"] + before["width"]) > minute / 30
-    )  # two seconds and more
+    expect(page.locator("#slots .bar.HIGH")).to_have_count(1)
 
 
 def test_scenario_cancel_all_that_wait(serve, visit):
@@ -770,14 +764,14 @@ def test_a_request_without_an_answer_says_so(serve, visit):
 # ===== When the server goes ===========================================================
 
 
-def test_a_shutdown_is_announced_and_the_next_server_shows_its_own_truth(serve, visit):
+def test_after_a_shutdown_the_next_server_shows_its_own_truth(serve, visit):
     server = serve(*SLOW, "--drain-seconds", "0", "--max-workers", "2")
     page = visit(server)
     for _ in range(5):
         server.submit()
     expect(rows(page, "ready")).to_have_count(3)
     server.stop(signal.SIGINT)
-    expect(page.locator("#state")).to_contain_text("The server has shut down")
+    expect(page.locator("#state")).to_contain_text("The server is gone")
     expect(page.locator("main")).to_have_class("stale")
 
     server = serve(*SLOW, "--max-workers", "4", port=server.port)
