@@ -291,7 +291,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     no form for".
 
     `room` is a budget: the number of bytes that the JSON may have. Each value costs some
-    of them, never more than it will take. What is left is returned.
+    of them, never more than its JSON will have. What is left is returned.
 
     GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
     a value is kept as it came. Then every later `GET /tasks` that shows this task is a
@@ -434,7 +434,7 @@ class TaskStatus(BaseModel):
 
     def as_json(self) -> bytes:
         """The whole answer. Payload and result are JSON text already: put in as it is."""
-        # {"id": …, "completed_at": null without the "}" that ends it
+        # All but those two, as in {"id": "…", "attempt": 0}. Without the "}" for now.
         rest = self.model_dump_json(exclude={"payload", "result"}).removesuffix("}")
         payload = b',"payload":' + self.payload_json
         return rest.encode() + payload + b',"result":' + self.result_json + b"}"
@@ -610,9 +610,10 @@ async def run_in_thread(function: Callable[[], Any]) -> Any:
 
     NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the `await`
     where it waits. A coroutine can be interrupted in this way. A thread can't. If
-    whoever awaits this is cancelled, the thread runs on, and its outcome is dropped. So
-    the queue does that only when it gives up on a thread, at its stop. Earlier than
-    that, it can only ask the thread: the next `update_progress` raises.
+    whoever awaits this is cancelled, the thread runs on, and nobody waits for it. Its
+    slot would be free, and yet it works. So the queue doesn't cancel such an attempt
+    before it gives up on it, at its stop. Until then it asks the thread: the next
+    `update_progress` raises CancelledError in there.
 
     NEW: A future is a box for one outcome that comes later. A coroutine can await an
     asyncio.Future, but no thread may fill it. A thread may fill a
@@ -712,8 +713,8 @@ async def send_email(payload: SendEmailPayload, update_progress: Reporter) -> An
 # Only `move` writes a task's `status`, and only `changed` its `version`. To find out
 # how a task came to its state, there is one line to set a breakpoint on.
 #
-# Only who watches has to wait. All other functions are atomic (idea 1), and there is no
-# lock. The price: they may be called in the thread of the event loop only.
+# In this section only a watcher waits. All other functions are atomic (idea 1), and
+# there is no lock. The price: they may be called in the thread of the event loop only.
 #
 # SIMPLIFIED: when the process ends, all is lost. Production keeps its tasks in a
 # database, or in a broker, which is a server for queues. There they survive a crash, and many processes can share them.
@@ -797,8 +798,8 @@ class TaskRecord:
     sequence: int  # the number of its submission; a retry keeps it
     created_at: datetime
     request_id: str | None
-    idempotency_key: str | None
-    fingerprint: bytes  # a hash of its submission, for the idempotency key
+    idempotency_key: str | None  # see submit()
+    fingerprint: bytes  # a hash of its submission, to go with that key
     task_type: TaskType
     payload_json: bytes
     priority: Priority
@@ -859,7 +860,7 @@ class TaskStore:
         self.by_change: dict[str, TaskRecord] = {}
         # In order of entering that status.
         self.by_status: dict[Status, dict[str, TaskRecord]] = {s: {} for s in Status}
-        # By idempotency key. It may be asked for None, and never has it.
+        # By idempotency key: see submit(). Who has no key asks for None, in vain.
         self.by_key: dict[str | None, TaskRecord] = {}
         self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
@@ -1340,7 +1341,7 @@ class TaskQueue:
         record = self.store.find(task_id)
         if record.status is Status.PENDING:
             self.store.move(record, Status.CANCELLED)
-            self._sweep()  # its entry in the heap is dead now
+            self._sweep()  # removes dead entries from the heap, if there are many
         elif record.status is Status.RUNNING and force:
             record.cancel_requested = True
             self._interrupt(record)
@@ -1444,8 +1445,8 @@ class TaskQueue:
         GOTCHA [lazy-cancel]: a heap can't cheaply lose an entry from its middle. The
         entry of a cancelled task stays until worker_loop takes it out and drops it.
         But while all slots are taken, it takes out nothing. Clients that submit and
-        cancel all day then fill the memory. So we look at each cancel. If far more than
-        half of the entries are dead, all are taken out, and those that live are put back.
+        cancel all day then fill the memory. So each cancel looks how many are dead. If
+        that is far more than half, all are taken out, and those that live are put back.
         """
         size = self._heap.qsize()
         if size > 100 + 2 * self.store.count(Status.PENDING):
@@ -1469,8 +1470,8 @@ class TaskQueue:
             _, _, record = await self._heap.get()
             while record.status is not Status.PENDING:  # cancelled: a dead entry
                 _, _, record = await self._heap.get()
-            # Nobody keeps the asyncio task here. But until its first step the event loop
-            # has a strong reference to it. In that step it notes itself in the record.
+            # GOTCHA [strong-reference] is no danger here: until its first step, the event
+            # loop keeps an asyncio task. In that step, this one notes itself in the record.
             asyncio.create_task(self._attempt(record))
             # sleep(0) gives up the turn, once. As things are, that is not needed: soon
             # all slots are taken, and acquire() waits. But Python 3.12 has an option for
@@ -1487,12 +1488,12 @@ class TaskQueue:
         then it is still `pending`, although it is no longer in the heap.
 
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
-        first step runs none of its code, and no `finally`. Let worker_loop mark a task as
-        `running`, and a client cancel it by force before that step. Then it stays
-        `running` for ever, and its slot is lost. So it is marked in here. Until then it
-        is `pending`: cancel() only moves it to `cancelled`, and the first lines here see
-        that. Nobody in this file can cancel the asyncio task itself so early: it stands
-        in no attribute yet.
+        first step runs none of its code, and no `finally`. The usual worker_loop marks
+        the task as `running`, and keeps the asyncio task in the record. If a client
+        cancels it by force before that step, it stays `running` for ever, and its slot
+        is lost. Here, both are done in the first step. Until then the task is `pending`:
+        cancel() moves it to `cancelled`, and the first lines here see that. And nobody
+        can find the asyncio task to cancel it.
 
         GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
         nobody records the end of the task. It also misses SystemExit, which asyncio
@@ -1573,9 +1574,8 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
-            # These two are about the attempt that runs now. Could that be a later one, and
-            # this thread a forgotten one? No: before its thread has ended, a plain `def`
-            # handler is not tried again.
+            # These two are about the attempt that runs now. It is that of this thread: a
+            # plain `def` handler is not tried again before its thread has ended.
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1617,7 +1617,7 @@ class TaskQueue:
         A cancel is a request: the coroutine can clean up first, or even catch the error
         and go on. To ask again raises it again.
 
-        A thread can't be reached in this way. Its next `update_progress` will raise. If
+        A thread can't be reached in this way (see run_in_thread). Its next `update_progress` will raise. If
         it never calls that, it runs to its end and keeps its slot, whatever the timeout
         says.
         """
@@ -1874,7 +1874,7 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive_limited, send_with_id)
         except SendTimeoutError:  # from a stream: see event_stream()
-            # Our part has ended: the generator is closed, and nothing of it is kept.
+            # Our part has ended: the generator is closed.
             # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
             # until the client reads on or hangs up. A proxy in front would hang up. And
             # uvicorn logs "ASGI callable returned without completing response."
@@ -2086,7 +2086,8 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     And it drops a client that has stopped reading. That goes like this:
 
     1. For a while nobody notices. What is sent goes into buffers of the operating system,
-       here and at the client. They hold a hundred KB or more, and that is many frames.
+       here and at the client. They hold a hundred KB or more. If the task ends before
+       they are full, nobody ever notices, and nobody needs to.
     2. When they are full, `await send(…)` has to wait.
     3. After `send_timeout` seconds, EventSourceResponse closes the generator of the
        frames, and raises SendTimeoutError.
@@ -2141,14 +2142,16 @@ async def stream_task(
 async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     """The frames of one task's stream.
 
-    NEW: When a client hangs up, the asyncio task that sends to it is cancelled. There
-    are two places where it may be.
+    NEW: When a client hangs up, the asyncio task that sends to it is cancelled. It takes
+    frames from this generator, and this one takes states from the one in states(). There
+    are two places where it may wait.
 
     - In states(), at its `await`. CancelledError comes out there. On its way up it passes
       the `finally` there, and the `async with` here.
     - In a send. Then both generators stand at their `yield`. sse-starlette closes this
-      one: Python raises the exception GeneratorExit at the `yield`. But it doesn't know
-      of `states`, from which this one reads. `async with aclosing(states)` closes that.
+      one: Python raises the exception GeneratorExit at the `yield`. It knows nothing of
+      the other one, whose watcher would still be counted. `async with aclosing(states)`
+      closes that one as soon as this one is left.
     """
     ended = False
     async with contextlib.aclosing(states):
@@ -2315,21 +2318,24 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
        AppStatus.should_exit, a flag for the whole process.
     2. uvicorn looks at its flag ten times a second. It takes no new connections from
        then on, and waits for the answers that have begun.
-    3. So does this function, with the other flag. It calls begin_shutdown().
+    3. This function looks at the other flag, just as often. It calls begin_shutdown().
     4. That wakes all watches, and they end. Each stream sends its last frame, of the
        event "shutdown", and ends, too.
     5. Now that all answers have ended, uvicorn ends the lifespan: see create_app().
     6. So `__aexit__` of the queue runs. Handlers get `drain_seconds`, as it says.
 
-    (`python taskqueue.py` adds to this: a second Ctrl-C ends the process at once, and
-    clients that don't read hold up nothing. See Server, below the lesson.)
+    (`python taskqueue.py` adds two things, in its class Server, below the lesson. A
+    second after the Ctrl-C it drops the connections of clients that don't read: else
+    step 2 would wait for them. And a second Ctrl-C calls os._exit(), which ends the
+    process at once.)
 
     GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process. Code
     ends one of them, by `server.should_exit = True`. Then the streams of the other must
-    go on. So this function does not look at such flags. It looks only at the one that a
-    signal sets, because a signal is meant for all. (sse-starlette looks at both, and cuts
-    streams off. event_stream() sees to it that it doesn't.) The price: whoever ends a
-    server by its own flag calls `queue.begin_shutdown()` first. The demo's Server does.
+    go on. So this function does not look at the flag of a server. It looks only at
+    AppStatus.should_exit, which a signal sets: a signal is meant for all. The price:
+    whoever ends a server by its own flag calls `queue.begin_shutdown()` first. The demo's
+    Server does. (sse-starlette looks at both flags. Without the endless grace period in
+    event_stream(), it would cut off the streams of the wrong server, too.)
     """
     while not AppStatus.should_exit:
         await asyncio.sleep(0.1)
