@@ -549,7 +549,7 @@ def is_async(function: Handler) -> bool:
         function = function.func
     if inspect.iscoroutinefunction(function):
         return True
-    return callable(function) and inspect.iscoroutinefunction(type(function).__call__)
+    return inspect.iscoroutinefunction(type(function).__call__)
 
 
 # NEW: A context variable is a global variable with a value of its own in each asyncio
@@ -1255,7 +1255,7 @@ class TaskQueue:
         Nobody awaits the loop. Without this, its exception shows up late or never:
         "Task exception was never retrieved".
         """
-        if not worker.cancelled() and worker.exception() is not None:
+        if not worker.cancelled():
             self.begin_shutdown()
             message = "the worker loop has died: no task will run"
             logger.critical(message, exc_info=worker.exception())
@@ -1327,7 +1327,7 @@ class TaskQueue:
         """
         if key is None:
             return b""
-        text = json.dumps(submission.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(submission.model_dump(), sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
 
     # First reading.
@@ -1527,7 +1527,6 @@ class TaskQueue:
         record.attempt += 1
         record.progress = 0
         record.error = None
-        record.cancel_requested = False
         record.timed_out = False
         record.started_at = datetime.now(UTC)
         record.asyncio_task = asyncio.current_task()

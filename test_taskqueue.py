@@ -1414,6 +1414,25 @@ async def test_progress_that_is_no_progress_is_no_change(gate):
         assert queue.get_task(task_id).version == before
 
 
+@real_clock
+async def test_progress_of_a_thread_that_comes_late_is_ignored():
+    """An `async def` may report from a thread of its own, too."""
+
+    async def handle(payload, update_progress):
+        thread = threading.Thread(target=update_progress, args=(50,))
+        thread.start()
+        thread.join()  # what it has reported waits for the event loop
+        update_progress(60)
+        await quiet()  # and now it comes
+
+    seen = []
+    async with running(handle) as queue:
+        task_id = queue.submit(email()).id
+        async for task in queue.watch(task_id):
+            seen.append(task.progress)
+    assert seen == [0, 60, 100]
+
+
 async def test_progress_begins_again_with_each_attempt(gate):
     async with running(gate, backoff_base=0) as queue:
         task_id = queue.submit(email(max_retries=1)).id
@@ -1716,6 +1735,23 @@ async def test_error_of_a_wrong_progress_names_the_handlers_line():
 
     line = handle.__code__.co_firstlineno + 1
     assert (await outcome(handle)).error.endswith(f":{line} in handle)")
+
+
+async def test_error_of_a_handler_in_the_module_itself_names_its_line():
+    payload = {"to": "ada@example.invalid"}
+    submission = TaskSubmission(task_type="send_email", payload=payload)
+    async with TaskQueue(Settings(failure_rate=0)) as queue:
+        task = await until(queue, queue.submit(submission).id)
+    assert re.search(r" \(taskqueue.py:\d+ in send_email\)$", task.error)
+
+
+async def test_error_of_a_bad_result_names_no_line():
+    """It was raised by the queue, after the handler had returned."""
+    assert "(" not in (await outcome(returning(float("nan")))).error
+
+
+async def test_error_without_a_message_ends_with_its_type():
+    assert (await outcome(raising(ValueError()))).error.startswith("ValueError (")
 
 
 async def test_error_without_a_message_says_its_line_all_the_more():
@@ -2298,6 +2334,19 @@ async def test_queue_settles_a_task_whose_handler_can_not_be_found():
             assert task.error.startswith("ImportError: no such plugin")
 
 
+async def test_queue_needs_no_request_id(gate):
+    async with running(gate) as queue:
+        assert queue.submit(email()).request_id is None
+
+
+async def test_list_has_a_hundred_tasks_if_nothing_else_is_asked_for(gate):
+    async with running(gate) as queue:
+        for _ in range(101):
+            queue.submit(email(delay=9))
+        page, total = queue.list_tasks()
+        assert (len(page), total) == (100, 101)
+
+
 @pytest.mark.parametrize("request_id", [uuid.UUID(int=1), "a\nb", "\ud800"])
 async def test_queue_takes_any_request_id_and_makes_it_harmless(request_id, gate):
     async with running(gate) as queue:
@@ -2461,8 +2510,10 @@ async def test_stop_puts_all_timers_away(gate):
     assert queue() is None
 
 
+NO_MAIL = TaskSubmission(task_type="send_email", payload={"subject": 1})
 CALLS = [
     pytest.param(lambda queue, task_id: queue.submit(email()), id="submit"),
+    pytest.param(lambda queue, task_id: queue.submit(NO_MAIL), id="submit a bad one"),
     pytest.param(lambda queue, task_id: queue.cancel(task_id), id="cancel"),
     pytest.param(lambda queue, task_id: queue.get_task(task_id), id="get_task"),
     pytest.param(lambda queue, task_id: queue.list_tasks(), id="list_tasks"),
@@ -2716,6 +2767,15 @@ async def test_join_ends_when_the_queue_stops(gate):
         await quiet()
         assert not joining.done()
     await joining
+
+
+async def test_join_waits_for_what_a_stop_lets_run_on(gate):
+    async with running(gate, drain_seconds=5) as queue:
+        await bring_to("running", queue, gate)
+        joining = asyncio.create_task(queue.join())
+        asyncio.get_running_loop().call_later(4, gate.let_go, "it", "done")
+    await joining
+    assert now() == pytest.approx(4, abs=0.01)
 
 
 async def test_join_is_not_held_up_by_cancelled_tasks(gate):
