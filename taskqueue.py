@@ -279,6 +279,8 @@ class SendEmailPayload(Payload):
     body: str = ""
 
 
+# Writes JSON. It refuses NaN, and leaves "é" as it is.
+JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 MAX_DEPTH = 100  # levels of lists and objects; Pydantic can't read more than 200
 
 
@@ -310,7 +312,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{where} has a key that is no text: {key!r:.40}")
+                raise ValueError(f"{where} has a key of type {type(key).__name__}")
             room = check_json(key, f"a key of {where}", room, depth)  # no new level
             room = check_json(item, f"{where}.{key:.40}", room, depth + 1)
     elif isinstance(value, list | tuple):
@@ -326,7 +328,9 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     elif isinstance(value, int):  # True and False are ints, too
         if value.bit_length() > 14_000:  # 4,200 digits: Python reads back 4,300
             raise ValueError(f"{where} is a number of more than 4,200 digits")
-        room -= value.bit_length() // 4  # a digit has 3.3 bits
+        room -= (
+            value.bit_length() // 5
+        )  # a digit has 3.3 bits, so this is never too much
     elif value is not None:
         kind = type(value).__name__
         raise ValueError(f"{where} is of type {kind}, which JSON has no form for")
@@ -600,7 +604,7 @@ async def process_task(
     """
     function = find_handler(task_type, handlers)
     if isinstance(payload, dict):
-        payload = payload_type(function).validate_json(json.dumps(payload))
+        payload = payload_type(function).validate_json(to_json(payload))
     return await call_handler(function, payload, update_progress)
 
 
@@ -1071,7 +1075,7 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     """
     try:
         check_json(result, "result", room=max_bytes + 1)  # no comma after the whole
-        encoded = to_json(result)
+        encoded = JSON.encode(result).encode()
     except ValueError as error:
         raise BadResult(str(error)) from None
     if len(encoded) > max_bytes:
@@ -1282,7 +1286,7 @@ class TaskQueue:
         and gets the one task, not a second.
         """
         self.store.check_caller()
-        payload_json = to_json(submission.payload)
+        payload_json = JSON.encode(submission.payload).encode()
         # Only a check. Each attempt makes a model of its own from the text.
         self._adapters.get(submission.task_type, ANYTHING).validate_json(payload_json)
 
@@ -1820,10 +1824,10 @@ class Metrics:
 class RequestMiddleware:
     """Gives each request its id, its limit, its line in the log, and its metrics."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
         self.app = app  # the next one: FastAPI gives it
         self.metrics = metrics
-        self.max_body = max_body
+        self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, from its first byte in to its last one out."""
@@ -1852,8 +1856,9 @@ class RequestMiddleware:
             # stream calls this, too, to hear that the client has gone. An exception would
             # break the stream.
             has_body = scope["method"] not in ("GET", "HEAD") and not answer_started
-            if has_body and body_size > self.max_body:
-                raise HTTPException(413, f"The body has over {self.max_body} bytes")
+            max_body = self.settings.max_body
+            if has_body and body_size > max_body:
+                raise HTTPException(413, f"The body has over {max_body} bytes")
             return message
 
         async def send_with_id(message: Message) -> None:
@@ -1868,12 +1873,18 @@ class RequestMiddleware:
                 # all the others. So the clock stops at the first byte.
                 seconds = time.perf_counter() - started_at
                 self._record(scope, message["status"], seconds)
-            await send(message)
+            # NEW: asyncio.timeout() cancels what stands in its block when the time is up,
+            # and makes a TimeoutError of that. A send waits while the client doesn't read.
+            try:
+                async with asyncio.timeout(self.settings.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise SendTimeoutError from None
 
         try:
             await self.app(scope, receive_limited, send_with_id)
-        except SendTimeoutError:  # from a stream: see event_stream()
-            # Our part has ended: the generator is closed.
+        except SendTimeoutError:
+            # Our part has ended: if it was a stream, its generator is closed.
             # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
             # until the client reads on or hangs up. A proxy in front would hang up. And
             # uvicorn logs "ASGI callable returned without completing response."
@@ -1961,6 +1972,9 @@ async def submit_task(
     try:
         task = queue_of(request).submit(submission, request_id, idempotency_key)
     except ValidationError as error:  # the payload doesn't fit its handler's model
+        if error.error_count() > 1000:  # to make a list of them would take its time
+            detail = f"The payload has {error.error_count()} errors"
+            raise HTTPException(422, detail) from None
         # Make of it what FastAPI raises for a bad body: so both get the same 422.
         problems = error.errors(include_url=False, include_input=False)[:MOST_ERRORS]
         for problem in problems:
@@ -2080,17 +2094,17 @@ SHUTDOWN_FRAME = encode_frame("shutdown", b'{"detail": "The server is stopping"}
 def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceResponse:
     """Send the frames until they end, or until the client has gone.
 
-    sse-starlette's EventSourceResponse does four things beside each other. It sends the
+    sse-starlette's EventSourceResponse does three things beside each other. It sends the
     frames. It sends a ping every `ping` seconds. It listens for the client's hang-up.
-    And it drops a client that has stopped reading. That goes like this:
+    And a client that has stopped reading? That goes like this:
 
     1. For a while nobody notices. What is sent goes into buffers of the operating system,
        here and at the client. They hold a hundred KB or more. If the task ends before
        they are full, nobody ever notices, and nobody needs to.
     2. When they are full, `await send(…)` has to wait.
-    3. After `send_timeout` seconds, EventSourceResponse closes the generator of the
-       frames, and raises SendTimeoutError.
-    4. The `finally` in states() counts the watcher off. RequestMiddleware writes a line.
+    3. After `send_timeout` seconds, RequestMiddleware raises SendTimeoutError there.
+    4. EventSourceResponse closes the generator of the frames, and so the `finally` in
+       states() counts the watcher off. RequestMiddleware writes a line into the log.
 
     When a server is told to stop, sse-starlette cuts each stream off after a grace
     period. We make that endless, because our streams end by themselves: as soon as the
@@ -2100,7 +2114,6 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
         frames,
         ping=queue.settings.ping_seconds,
         sep="\n",  # how a line of a ping ends: as ours do
-        send_timeout=queue.settings.send_timeout,
         shutdown_grace_period=math.inf,
     )
 
@@ -2376,9 +2389,7 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
     )
     app.state.metrics = Metrics()
     app.include_router(router)
-    app.add_middleware(
-        RequestMiddleware, metrics=app.state.metrics, max_body=settings.max_body
-    )
+    app.add_middleware(RequestMiddleware, metrics=app.state.metrics, settings=settings)
     app.add_exception_handler(QueueError, answer_queue_error)
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(HTTPException, answer_http_error)
@@ -2502,6 +2513,7 @@ const PRIORITIES = {1: "HIGH", 5: "MEDIUM", 10: "LOW"};
 const tasks = new Map();  // by id: what the server has told last
 let queue = null;  // the latest `queue` event
 let heardAt = 0;  // when it came
+let rightAt = 0;  // when the page last knew of no more tasks than the server
 let source = null;  // the EventSource
 let late = 0;  // the timer that says after two seconds that there is no connection
 
@@ -2524,6 +2536,7 @@ function connect() {
   source?.close();
   source = new EventSource("events");
   tasks.clear();
+  rightAt = Date.now();
   late = setTimeout(setState, 2000, "bad", "No connection. A browser has six: close other tabs?");
   source.onopen = () => {
     setState("live", "● live");
@@ -2677,7 +2690,8 @@ function draw() {
   say("#finished-title", `Finished: ${counts.completed} completed, ${counts.failed} failed`);
   // A task may be evicted before its end is told. Then the page knows one too many, and asks anew.
   const tooMany = running.length + pending.length > counts.running + counts.pending;
-  if (tooMany && now - heardAt > 1000) connect();
+  if (!tooMany) rightAt = now;
+  if (now - rightAt > 2000) connect();
 }
 
 // ----- Requests
@@ -2904,8 +2918,7 @@ async def resize_that_may_block(
         calm = {"failure_rate": 0.0, "pace": max(0.1, settings.pace)}
         # Each attempt is an asyncio task, so this is set for this attempt alone.
         current_settings.set(settings.model_copy(update=calm))
-    # By way of HANDLERS: you may have registered a handler of your own.
-    return await process_task(TaskType.RESIZE_IMAGE, payload, update_progress)
+    return await resize_image(payload, update_progress)
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -3226,7 +3239,9 @@ def main() -> None:
     # and the body of an answer are two such pieces, so each answer takes 40 ms more.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    handlers = {**HANDLERS, TaskType.RESIZE_IMAGE: resize_that_may_block}
+    handlers = dict(HANDLERS)
+    if handlers[TaskType.RESIZE_IMAGE] is resize_image:  # else it is one of yours
+        handlers[TaskType.RESIZE_IMAGE] = resize_that_may_block
     app = create_app(settings, handlers)
     # GOTCHA [pipelined-behind-a-stream]: if httptools is installed, uvicorn takes it.
     # A client sends a second request behind a stream, and goes. With httptools nobody

@@ -518,7 +518,7 @@ def test_submission_keeps_its_payload_as_it_was_sent():
         ([1, -math.inf], r"payload.x\[1\] is -inf"),
         ("\ud800", "surrogates not allowed"),
         ({"\ud800": 1}, "surrogates not allowed"),
-        ({1: 2}, "payload.x has a key that is no text: 1"),
+        ({1: 2}, "payload.x has a key of type int"),
         ({1, 2}, "payload.x is of type set, which JSON has no form for"),
         (object(), "payload.x is of type object"),
         (10**5000, "more than 4,200 digits"),
@@ -764,6 +764,29 @@ async def test_process_task_gives_the_handler_the_validated_model():
 async def test_process_task_refuses_a_payload_of_a_wrong_type():
     with pytest.raises(ValidationError, match="width"):
         await process_task(TaskType.RESIZE_IMAGE, {"width": "5"}, print)
+
+
+async def test_process_task_takes_a_dict_that_was_validated_already():
+    async def handle(payload: dict[str, datetime], update_progress):
+        return payload["due"].year
+
+    handlers = {TaskType.SEND_EMAIL: handle}
+    payload = {"due": datetime(2026, 11, 26, tzinfo=UTC)}
+    assert await process_task(TaskType.SEND_EMAIL, payload, print, handlers) == 2026
+
+
+async def test_submission_makes_not_one_error_each_of_a_model_of_yours():
+    """A list of what fits none of its types makes an error for each. That takes time."""
+
+    async def handle(payload: dict[str, list[int]], update_progress):
+        """It is never called."""
+
+    async with serving(handle) as (client, _):
+        payload = {"rows": ["x"] * 5000}
+        body = {"task_type": "send_email", "payload": payload}
+        answer = await client.post("/tasks", json=body)
+    assert answer.status_code == 422
+    assert answer.json() == {"detail": "The payload has 5000 errors"}
 
 
 async def test_process_task_names_the_task_type_that_has_no_handler():
@@ -1583,7 +1606,7 @@ BAD_RESULTS = [
     pytest.param(object(), "result is of type object", id="object"),
     pytest.param(b"bytes", "result is of type bytes", id="bytes"),
     pytest.param(print, "result is of type builtin_function", id="function"),
-    pytest.param({1: 2}, "result has a key that is no text: 1", id="key"),
+    pytest.param({1: 2}, "result has a key of type int", id="key"),
     pytest.param("\ud800", "surrogates not allowed", id="half a surrogate pair"),
     pytest.param({"\ud800": 1}, "surrogates not allowed", id="the same as key"),
     pytest.param(10**5000, "more than 4,200 digits", id="long number"),
@@ -1620,9 +1643,31 @@ async def test_bad_result_spoils_no_list_of_tasks(result, reason):
         assert strict_json(answer.text)["tasks"][0]["id"] == task_id
 
 
+async def test_bad_result_does_not_hide_in_a_class_of_its_own():
+    """What is checked is what is shown. Pydantic would show the fields, and not the dict."""
+
+    @dataclasses.dataclass
+    class Stats(dict):
+        mean: float
+
+    async with serving(returning(Stats(mean=float("nan")))) as (client, queue):
+        task_id = queue.submit(email()).id
+        await queue.join()
+        answer = await client.get(f"/tasks/{task_id}")
+    assert strict_json(answer.text)["result"] == {}
+
+
 @pytest.mark.parametrize(
     "result",
-    ["x" * 98, [1] * 9, [[[1]], [0, 2]], {"a": [1], "b": None}, [10**30, 1.5], 7, {}],
+    [
+        "x" * 98,
+        [9] * 9,
+        9,
+        [[[1]], [0, 2]],
+        {"a": [1], "b": None},
+        [10**30, 32, 99, 1.5],
+        {},
+    ],
     ids=repr,
 )
 async def test_result_may_have_as_many_bytes_as_is_set(result):
@@ -3773,7 +3818,9 @@ async def test_unhandled_is_500_only_before_the_answer_has_begun():
 
     sent = []
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    middleware = taskqueue.RequestMiddleware(broken, taskqueue.Metrics(), max_body=9)
+    middleware = taskqueue.RequestMiddleware(
+        broken, taskqueue.Metrics(), Settings(max_body=9)
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         await middleware(scope, None, send)
     assert sent == [200]
@@ -3798,7 +3845,9 @@ async def test_what_is_no_http_request_is_passed_on_untouched():
         seen.append(arguments)
 
     seen = []
-    middleware = taskqueue.RequestMiddleware(inner, taskqueue.Metrics(), max_body=9)
+    middleware = taskqueue.RequestMiddleware(
+        inner, taskqueue.Metrics(), Settings(max_body=9)
+    )
     await middleware({"type": "websocket"}, "receive", "send")
     assert seen == [({"type": "websocket"}, "receive", "send")]
 
@@ -4455,6 +4504,21 @@ async def test_stream_drops_a_reader_that_has_stopped_reading(path, gate):
         assert await watchers(client) == 1
         await asyncio.sleep(0.2)
         assert await watchers(client) == 0
+
+
+async def test_list_drops_a_reader_that_has_stopped_reading(gate):
+    """It would keep all tasks of its page in memory, those that are evicted, too."""
+    async with serving(gate, send_timeout=7) as (client, queue):
+        for _ in range(3):
+            payload = {"subject": "x" * 60_000}
+            queue.submit(TaskSubmission(task_type="send_email", payload=payload))
+        stream = Stream(client.app, "/tasks")
+        stream.reading.clear()
+        async with stream:
+            await asyncio.sleep(6.9)
+            assert not stream.call.done()
+            await asyncio.sleep(0.2)
+            assert stream.call.done()
 
 
 async def test_stream_says_in_the_log_that_it_has_dropped_a_reader(gate, caplog):
