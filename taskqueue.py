@@ -328,9 +328,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     elif isinstance(value, int):  # True and False are ints, too
         if value.bit_length() > 14_000:  # 4,200 digits: Python reads back 4,300
             raise ValueError(f"{where} is a number of more than 4,200 digits")
-        room -= (
-            value.bit_length() // 5
-        )  # a digit has 3.3 bits, so this is never too much
+        room -= value.bit_length() // 5  # a digit has 3.3 bits: never too much
     elif value is not None:
         kind = type(value).__name__
         raise ValueError(f"{where} is of type {kind}, which JSON has no form for")
