@@ -1284,7 +1284,7 @@ class TaskQueue:
         and gets the one task, not a second.
         """
         self.store.check_caller()
-        payload_json = JSON.encode(submission.payload).encode()
+        payload_json = to_json(submission.payload)
         # Only a check. Each attempt makes a model of its own from the text.
         self._adapters.get(submission.task_type, ANYTHING).validate_json(payload_json)
 
