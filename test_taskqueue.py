@@ -5511,7 +5511,7 @@ asyncio.run(main())
 
 
 LATE_IMPORT = """
-import asyncio, logging, os, signal, uvicorn
+import asyncio, contextlib, logging, os, signal, uvicorn
 
 async def main():
     config = uvicorn.Config("taskqueue:app", port=0, log_level="error")
@@ -5528,10 +5528,9 @@ async def main():
     print("the stream has ended")
     await serving
 
-try:
+with contextlib.suppress(KeyboardInterrupt):  # uvicorn may hand the signal on
     asyncio.run(main())
-except KeyboardInterrupt:
-    print("the server has ended")
+print("the server has ended")
 """
 
 
