@@ -60,7 +60,8 @@ all that begins with NEW, and these functions and classes. Each of them has the 
     handler · call_handler · process_task · run_in_thread · send_email
     TRANSITIONS · Signal · TaskRecord · TaskStore: __init__ · move · changed · states
     backoff_delay · TaskQueue: __aenter__ · submit · cancel · watch · _schedule
-    _make_ready · worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle · __aexit__
+    _make_ready · worker_loop · _attempt · _begin · _run_handler · _interrupt · _settle
+    __aexit__
     RequestMiddleware
     submit_task · get_task · cancel_task · event_stream · stream_task · task_frames
     end_watches_at_a_signal · create_app
@@ -289,11 +290,11 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 
     Plain JSON is an object with text keys, a list or tuple, text, a finite number,
     True, False or None. Anything else raises ValueError, and so do more than MAX_DEPTH
-    levels. The message mostly says where: "result.rows[3] is of type date, which JSON has
-    no form for".
+    levels. The message mostly says where: "result.rows[3] is of type date, which JSON
+    has no form for".
 
-    `room` is a budget: the number of bytes that the JSON may have. Each value costs some
-    of them, never more than its JSON will have. What is left is returned.
+    `room` is a budget: the number of bytes that the JSON may have. Each value costs
+    some of them, never more than its JSON will have. What is left is returned.
 
     GOTCHA [bad-result]: a handler returns a date, or a payload holds a NaN. Often such
     a value is kept as it came. Then every later `GET /tasks` that shows this task is a
@@ -340,10 +341,10 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
 def show_payloads(schema: dict[str, Any]) -> None:
     """Put the fields of all payload models into the API's documentation.
 
-    It is for `/docs` alone, so skip it at first. `__subclasses__()` are the classes that
-    inherit from Payload. Pydantic describes each of them in JSON Schema, the language
-    of that document. Such a description can point to a part of itself, by a path. The
-    path begins at the top of the document: hence `here`.
+    It is for `/docs` alone, so skip it at first. `__subclasses__()` are the classes
+    that inherit from Payload. Pydantic describes each of them in JSON Schema, the
+    language of that document. Such a description can point to a part of itself, by a
+    path. The path begins at the top of the document: hence `here`.
     """
     here = "#/components/schemas/TaskSubmission/properties/payload/anyOf"
     schema["anyOf"] = [
@@ -358,7 +359,7 @@ class TaskSubmission(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    # JSON has no enums: the text "send_email" must be turned into one. Hence not strict.
+    # JSON has no enums: the text "send_email" is turned into one. Hence not strict.
     task_type: TaskType = Field(strict=False, description="which handler does it")
     # Each submission gets a copy of its own of this {}: Pydantic sees to it.
     payload: dict[str, Any] = Field(default={}, json_schema_extra=show_payloads)
@@ -419,8 +420,8 @@ class TaskStatus(BaseModel):
 
     # NEW: A computed field is a property that is part of the answer, too. The queue
     # keeps payload and result as JSON text, and here they are parsed when asked for.
-    # WHY text: `[[],[],[]…]` takes 64 KB as text, and 1.4 MB as Python lists. Nobody can
-    # change a text by accident. Each reader and each attempt gets a copy of its own.
+    # WHY text: `[[],[],[]…]` takes 64 KB as text, and 1.4 MB as Python lists. Nobody
+    # can change a text by accident. Each reader and each attempt gets its own copy.
 
     @computed_field(description="as it was sent")  # type: ignore[prop-decorator]
     @property
@@ -435,7 +436,7 @@ class TaskStatus(BaseModel):
         return json.loads(self.result_json)
 
     def as_json(self) -> bytes:
-        """The whole answer. Payload and result are JSON text already: put in as it is."""
+        """The whole answer. Payload and result are JSON text already, and stay it."""
         # All but those two, as in {"id": "…", "attempt": 0}. Without the "}" for now.
         rest = self.model_dump_json(exclude={"payload", "result"}).removesuffix("}")
         payload = b',"payload":' + self.payload_json
@@ -555,9 +556,9 @@ def is_async(function: Handler) -> bool:
 
 
 # NEW: A context variable is a global variable with a value of its own in each asyncio
-# task. (That is a coroutine that runs beside the others: see Workers.) A new asyncio task
-# begins with the value of the code that has started it. Each worker loop sets this one.
-# So the handlers that it starts see the settings of their queue.
+# task. (That is a coroutine that runs beside the others: see Workers.) A new asyncio
+# task begins with the value of the code that has started it. Each worker loop sets this
+# one. So the handlers that it starts see the settings of their queue.
 current_settings = ContextVar("current_settings", default=DEFAULTS)
 
 
@@ -579,8 +580,8 @@ async def call_handler(
     """Call a handler, and return `finish(result)`. Raises whatever the handler raises.
 
     The queue passes a `finish` that makes JSON of the result. That takes its time, if
-    the result is large. Called in here, a plain `def` handler spends the time of its own
-    thread on it, and not that of the event loop.
+    the result is large. Called in here, a plain `def` handler spends the time of its
+    own thread on it, and not that of the event loop.
     """
     if is_async(function):
         return finish(await function(payload, update_progress))
@@ -610,28 +611,28 @@ async def process_task(
 async def run_in_thread(function: Callable[[], Any]) -> Any:
     """Call the function in a new thread; return what it returns, raise what it raises.
 
-    NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the `await`
-    where it waits. A coroutine can be interrupted in this way. A thread can't. If
-    whoever awaits this is cancelled, the thread runs on, and nobody waits for it. Its
-    slot would be free, and yet it works. So the queue doesn't cancel such an attempt
-    before it gives up on it, at its stop. Until then it asks the thread: the next
-    `update_progress` raises CancelledError in there.
+    NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the
+    `await` where it waits. A coroutine can be interrupted in this way. A thread can't.
+    If whoever awaits this is cancelled, the thread runs on, and nobody waits for it.
+    Its slot would be free, and yet it works. So the queue doesn't cancel such an
+    attempt before it gives up on it, at its stop. Until then it asks the thread: the
+    next `update_progress` raises CancelledError in there.
 
     NEW: A future is a box for one outcome that comes later. A coroutine can await an
     asyncio.Future, but no thread may fill it. A thread may fill a
-    concurrent.futures.Future, but no coroutine can await it. asyncio.wrap_future() takes
-    one of the second kind, and makes one of the first. It passes the outcome on. (It
-    passes a cancel back, too.)
+    concurrent.futures.Future, but no coroutine can await it. asyncio.wrap_future()
+    takes one of the second kind, and makes one of the first. It passes the outcome on.
+    (It passes a cancel back, too.)
 
-    GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. It uses a pool, a group of
-    threads that are used again and again. But that has only min(32, CPUs + 4) of them.
-    With 8 CPUs, 12 of 40 slots could run. And Python waits for the pool when it exits:
-    one handler that is stuck, and Ctrl-C hangs. A daemon thread of our own has no such
-    limit, and Python doesn't wait for it.
+    GOTCHA [executor-limit]: `asyncio.to_thread()` is shorter. It uses a pool, a group
+    of threads that are used again and again. But that has only min(32, CPUs + 4) of
+    them. With 8 CPUs, 12 of 40 slots could run. And Python waits for the pool when it
+    exits: one handler that is stuck, and Ctrl-C hangs. A daemon thread of our own has
+    no such limit, and Python doesn't wait for it.
     """
     outcome: Future[tuple[Any, BaseException | None]] = Future()
-    # Mark it as running: so it can't be cancelled. Else a cancel of whoever awaits would
-    # be passed back to it, and the thread that fills it would get an InvalidStateError.
+    # Mark it as running: so it can't be cancelled. Else a cancel of whoever awaits is
+    # passed back to it, and the thread that fills it gets an InvalidStateError.
     outcome.set_running_or_notify_cancel()
 
     def work() -> None:
@@ -719,7 +720,8 @@ async def send_email(payload: SendEmailPayload, update_progress: Reporter) -> An
 # there is no lock. The price: they may be called in the thread of the event loop only.
 #
 # SIMPLIFIED: when the process ends, all is lost. Production keeps its tasks in a
-# database, or in a broker, which is a server for queues. There they survive a crash, and many processes can share them.
+# database, or in a broker, which is a server for queues. There they survive a crash,
+# and many processes can share them.
 
 
 class QueueError(Exception):
@@ -735,7 +737,7 @@ class TaskNotCancellable(QueueError):
 
 
 class IdempotencyKeyReused(QueueError):
-    """The key came with another submission before. (What that is, submit() explains.)"""
+    """The key came with another submission before. See submit()."""
 
 
 class QueueFull(QueueError):
@@ -866,14 +868,14 @@ class TaskStore:
         self.by_key: dict[str | None, TaskRecord] = {}
         self._finished: deque[TaskRecord] = deque()  # in order of finishing
 
-    # -- To read ------------------------------------------------------------------------
+    # -- To read -----------------------------------------------------------------------
 
     def check_caller(self) -> None:
         """Raise RuntimeError in any thread or event loop but the queue's own.
 
         FastAPI runs a plain `def` route in a thread. There get_running_loop() itself
-        raises "no running event loop". Write `async def`, also if nothing is awaited. If
-        a part of the route must block, call that with `await asyncio.to_thread(f)`.
+        raises "no running event loop". Write `async def`, also if nothing is awaited.
+        If a part of the route must block, call that with `await asyncio.to_thread(f)`.
         """
         loop = asyncio.get_running_loop()
         if self.loop is not None and self.loop is not loop:
@@ -901,7 +903,7 @@ class TaskStore:
         self.check_caller()
         return len(self.by_status[status])
 
-    # -- To change ----------------------------------------------------------------------
+    # -- To change ---------------------------------------------------------------------
 
     def add(self, record: TaskRecord) -> None:
         """Take in a new record."""
@@ -917,9 +919,9 @@ class TaskStore:
         """Move a task to another status: the one writer of `status`.
 
         GOTCHA [terminal-is-final]: a client cancels a task just when its handler
-        returns. Where both just write the status, the later one wins, and a stream sends
-        two ends. Here the first one wins, and the second raises IllegalTransition. No
-        caller lets it come to that: they look at the status first.
+        returns. Where both just write the status, the later one wins, and a stream
+        sends two ends. Here the first one wins, and the second raises
+        IllegalTransition. Callers look at the status first: it never comes to that.
         """
         if status not in TRANSITIONS[record.status]:
             raise IllegalTransition(f"{record.id}: {record.status} → {status}")
@@ -970,10 +972,10 @@ class TaskStore:
             record.news.fire()
         self.news.fire()
 
-    # -- To watch -----------------------------------------------------------------------
+    # -- To watch ----------------------------------------------------------------------
     # GOTCHA [slow-reader]: the usual design gives each stream a queue, and puts every
     # change into all of them. Then a phone on a train, in a tunnel, stops reading. What
-    # it doesn't read piles up in our memory. Once it is back, it gets an hour of history.
+    # it doesn't read piles up in our memory. Once back, it gets an hour of history.
     #
     # Here a watcher holds one number, the last version that it has sent. While a client
     # doesn't read, the send to it has to wait. Meanwhile the generator below stands at
@@ -1081,8 +1083,8 @@ def encode_result(result: Any, max_bytes: int) -> bytes:
     return encoded
 
 
-# Where installed code stands. describe() looks for lines that stand elsewhere. (A module
-# that is built into Python has a path such as "<frozen importlib>".)
+# Where installed code stands. describe() looks for lines that stand elsewhere. (A
+# module that is built into Python has a path such as "<frozen importlib>".)
 LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
 
 
@@ -1100,9 +1102,12 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
     try:
         leaves = list(find_leaves(error))
         retry = not any(isinstance(leaf, DoNotRetry) for leaf in leaves)
-        text = "; ".join(describe(leaf) for leaf in leaves[:5])
+        shown = leaves[:5]  # a group can hold thousands, and to read all takes long
+        text = "; ".join(describe(leaf) for leaf in shown)
         text = text.encode(errors="backslashreplace").decode()
-        report = "".join(traceback.format_exception(error))[-10_000:]
+        for leaf in shown:
+            report += "".join(traceback.format_exception(leaf))
+        report = report[-10_000:]
     except BaseException:
         report = "No traceback: to read the exception raised another one."
     finally:
@@ -1166,11 +1171,11 @@ def forget_frames(error: BaseException) -> None:
     """Take the traceback from the exception, and from those that it came from.
 
     GOTCHA [traceback-keeps-everything]: Python frees an object as soon as nobody refers
-    to it. But an exception refers to its traceback. That refers to the functions it came
-    through, and those to all their local variables. If one of these is the exception
-    itself, the circle is closed: somebody always refers to it. A handler that fails with
-    20 MB in its hands then keeps them until Python looks for circles, maybe much later.
-    Text is all that we keep.
+    to it. But an exception refers to its traceback. That refers to the functions it
+    came through, and those to all their local variables. If one of these is the
+    exception itself, the circle is closed: somebody always refers to it. A handler that
+    fails with 20 MB in its hands then keeps them until Python looks for circles, maybe
+    much later. Text is all that we keep.
     """
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -1215,16 +1220,16 @@ class TaskQueue:
             with contextlib.suppress(TypeError):  # it is no handler
                 self._adapters[task_type] = payload_type(function)
 
-    # -- To start it ---------------------------------------------------------------------
+    # -- To start it -------------------------------------------------------------------
 
     # First reading.
     async def __aenter__(self) -> Self:
         """Start the worker loop."""
         self.store.loop = asyncio.get_running_loop()
         self.store.closed = False
-        # NEW: An asyncio.PriorityQueue keeps a heap. That is a list in which the smallest
-        # entry stands first. To put one in or take it out costs little, however many
-        # there are. `await heap.get()` waits while it is empty.
+        # NEW: An asyncio.PriorityQueue keeps a heap. That is a list in which the
+        # smallest entry stands first. To put one in or take it out costs little,
+        # however many there are. `await heap.get()` waits while it is empty.
         self._heap: asyncio.PriorityQueue[tuple[Priority, int, TaskRecord]]
         self._heap = asyncio.PriorityQueue()
         # NEW: A semaphore is a counter that never goes below 0. acquire() waits until
@@ -1235,9 +1240,9 @@ class TaskQueue:
         # "... is bound to a different event loop". So they are made here.
 
         # GOTCHA [strong-reference]: of an asyncio task that waits, the event loop has
-        # only a weak reference. That doesn't keep an object alive. If nobody else refers
-        # to it, it can be thrown away in the middle of its work: "Task was destroyed but
-        # it is pending!" So we keep it in an attribute.
+        # only a weak reference. That doesn't keep an object alive. If nobody else
+        # refers to it, it can be thrown away in the middle of its work: "Task was
+        # destroyed but it is pending!" So we keep it in an attribute.
         self._worker = asyncio.create_task(self.worker_loop(), name="worker loop")
         self._worker.add_done_callback(self._report_death)  # calls it at the end
         return self
@@ -1262,7 +1267,7 @@ class TaskQueue:
             message = "the worker loop has died: no task will run"
             logger.critical(message, exc_info=worker.exception())
 
-    # -- What callers use ---------------------------------------------------------------
+    # -- What callers use --------------------------------------------------------------
 
     # First reading.
     def submit(
@@ -1298,7 +1303,7 @@ class TaskQueue:
         # GOTCHA [await-put]: with a bounded asyncio.Queue one writes `await put(task)`.
         # It waits until there is room, and the client waits with it. To them the server
         # hangs. So they try again, and make it worse. Say no, and say it at once.
-        # There is no await between this check and add(): nobody can take the last place.
+        # No await stands between this check and add(): nobody can take the last place.
         if not self.is_running or self.store.closed:
             raise QueueStopped("The queue takes no tasks now: it is not running")
         if self.count(Status.PENDING) >= self.settings.max_pending:
@@ -1392,15 +1397,15 @@ class TaskQueue:
         """Wait until no task waits and none runs. Raises RuntimeError if none can run.
 
         A delayed task waits, too. WHY not `PriorityQueue.join()`: that one counts calls
-        of task_done(). If one is forgotten, it hangs for ever. If there is one too many,
-        as for a cancelled task, "task_done() called too many times" is raised.
+        of task_done(). If one is forgotten, it hangs for ever. If there is one too
+        many, as for a cancelled task, "task_done() called too many times" is raised.
         """
         while self.count(Status.PENDING) + self.count(Status.RUNNING) > 0:
             if self._worker.done() and not self._worker.cancelled():
                 raise RuntimeError("the worker loop has died")
             await self.store.news.wait()
 
-    # -- To start a task ----------------------------------------------------------------
+    # -- To start a task ---------------------------------------------------------------
 
     # First reading.
     def _schedule(self, record: TaskRecord, delay: float) -> None:
@@ -1472,30 +1477,31 @@ class TaskQueue:
             _, _, record = await self._heap.get()
             while record.status is not Status.PENDING:  # cancelled: a dead entry
                 _, _, record = await self._heap.get()
-            # GOTCHA [strong-reference] is no danger here: until its first step, the event
-            # loop keeps an asyncio task. In that step, this one notes itself in the record.
+            # GOTCHA [strong-reference] is no danger here: the event loop keeps an
+            # asyncio task until its first step. There, this one puts itself into the
+            # record.
             asyncio.create_task(self._attempt(record))
             # sleep(0) gives up the turn, once. As things are, that is not needed: soon
-            # all slots are taken, and acquire() waits. But Python 3.12 has an option for
-            # eager asyncio tasks: create_task() itself runs the first step. If then no
-            # handler has to wait, each slot comes back at once. This loop would go on
-            # until the heap is empty, and nobody else would have a turn.
+            # all slots are taken, and acquire() waits. But Python 3.12 has an option
+            # for eager asyncio tasks: create_task() itself runs the first step. If then
+            # no handler has to wait, each slot comes back at once. This loop would go
+            # on until the heap is empty, and nobody else would have a turn.
             await asyncio.sleep(0)
 
     # First reading.
     async def _attempt(self, record: TaskRecord) -> None:
         """Call the handler once, and settle what comes of it.
 
-        A task becomes `running` in here, in the first step, and not in worker_loop. Until
-        then it is still `pending`, although it is no longer in the heap.
+        A task becomes `running` in here, in the first step, and not in worker_loop.
+        Until then it is still `pending`, although it is no longer in the heap.
 
         GOTCHA [cancel-before-first-step]: an asyncio task that is cancelled before its
         first step runs none of its code, and no `finally`. The usual worker_loop marks
         the task as `running`, and keeps the asyncio task in the record. If a client
         cancels it by force before that step, it stays `running` for ever, and its slot
-        is lost. Here, both are done in the first step. Until then the task is `pending`:
-        cancel() moves it to `cancelled`, and the first lines here see that. And nobody
-        can find the asyncio task to cancel it.
+        is lost. Here, both are done in the first step. Until then the task is
+        `pending`: cancel() moves it to `cancelled`, and the first lines here see that.
+        And nobody can find the asyncio task to cancel it.
 
         GOTCHA [cancelled-error]: `except Exception` misses CancelledError, and then
         nobody records the end of the task. It also misses SystemExit, which asyncio
@@ -1534,7 +1540,7 @@ class TaskQueue:
         record.asyncio_task = asyncio.current_task()
         self.store.move(record, Status.RUNNING)
         # This comes after move(), because move() stops the timer. And it needs no empty
-        # context: what it keeps is that of this attempt, which lasts as long as the timer.
+        # context: the one that it keeps is this attempt's, which lasts as long.
         loop = asyncio.get_running_loop()
         record.timer = loop.call_later(record.timeout, self._time_out, record)
 
@@ -1556,8 +1562,8 @@ class TaskQueue:
         """Make the `update_progress` of one attempt. Any thread may call it.
 
         NEW: From another thread, nothing of asyncio may be touched. There are a few
-        exceptions, made for that. `loop.call_soon_threadsafe(f, x)` asks the event loop to call `f(x)` at its next
-        turn, in its own thread.
+        exceptions, made for that. `loop.call_soon_threadsafe(f, x)` asks the event loop
+        to call `f(x)` at its next turn, in its own thread.
 
         GOTCHA [progress-from-thread]: wake a stream from a handler's thread, and it may
         sleep on until something else happens. So a thread asks the loop to do it.
@@ -1575,8 +1581,8 @@ class TaskQueue:
             """Report how far this attempt is, in per cent: 0 to 100."""
             nonlocal highest  # the variable of the function around this one
             in_other_thread = threading.get_ident() != loop_thread
-            # These two are about the attempt that runs now. It is that of this thread: a
-            # plain `def` handler is not tried again before its thread has ended.
+            # These two are about the attempt that runs now. It is that of this thread:
+            # a plain `def` handler is not tried again before its thread has ended.
             asked_to_stop = record.cancel_requested or record.timed_out
             if in_other_thread and asked_to_stop:
                 # An exception here is the one way to stop a thread. Of all exceptions
@@ -1604,7 +1610,7 @@ class TaskQueue:
             record.progress = progress
             self.store.changed(record)
 
-    # -- To end an attempt --------------------------------------------------------------
+    # -- To end an attempt -------------------------------------------------------------
 
     def _time_out(self, record: TaskRecord) -> None:
         """The attempt has had `timeout` seconds."""
@@ -1613,14 +1619,14 @@ class TaskQueue:
 
     # First reading.
     def _interrupt(self, record: TaskRecord) -> None:
-        """Ask the handler that runs to stop. _settle() decides what becomes of its task.
+        """Ask the handler that runs to stop. What comes of it, _settle() decides.
 
         A cancel is a request: the coroutine can clean up first, or even catch the error
         and go on. To ask again raises it again.
 
-        A thread can't be reached in this way (see run_in_thread). Its next `update_progress` will raise. If
-        it never calls that, it runs to its end and keeps its slot, whatever the timeout
-        says.
+        A thread can't be reached in this way (see run_in_thread). Its next
+        `update_progress` will raise. If it never calls that, it runs to its end and
+        keeps its slot, whatever the timeout says.
         """
         function = self.handlers.get(record.task_type)
         in_thread = function is not None and not is_async(function)
@@ -1631,7 +1637,7 @@ class TaskQueue:
     def _settle(
         self, record: TaskRecord, result_json: bytes, error: str | None, retry: bool
     ) -> None:
-        """Decide what becomes of a task whose attempt has ended. The first row that fits:
+        """Decide what becomes of a task after an attempt. The first row that fits:
 
             a cancel was asked for                      →  cancelled
             the handler returned, in time               →  completed
@@ -1677,7 +1683,7 @@ class TaskQueue:
             why = printable(record.error) + indent(report)
             logger.warning(text, *ids, f"{record.status}, {why}")
 
-    # -- To stop it ----------------------------------------------------------------------
+    # -- To stop it --------------------------------------------------------------------
 
     def begin_shutdown(self) -> None:
         """From now on refuse submissions, and end every watch. What runs, runs on.
@@ -1721,8 +1727,8 @@ class TaskQueue:
     async def _wait_for_attempts(self, seconds: float) -> None:
         """Wait until the worker loop and all attempts have ended, but not longer.
 
-        NEW: asyncio.wait() waits for some asyncio tasks until the time is up. It cancels
-        none of them, and raises none of their exceptions.
+        NEW: asyncio.wait() waits for some asyncio tasks until the time is up. It
+        cancels none of them, and raises none of their exceptions.
         """
         running = self.store.by_status[Status.RUNNING].values()
         attempts = [record.asyncio_task for record in running if record.asyncio_task]
@@ -1775,9 +1781,9 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Metrics:
     """How often each route was asked, how it answered, and how soon: to the first byte.
 
-    GOTCHA [raw-path-labels]: with a counter for each path, each task has one of its own,
-    and a scanner who tries a million paths makes a million. The templates of the routes
-    are few: "/tasks/{task_id}". A method is free text of the client's, too.
+    GOTCHA [raw-path-labels]: with a counter for each path, each task has one of its
+    own, and a scanner who tries a million paths makes a million. The templates of the
+    routes are few: "/tasks/{task_id}". A method is free text of the client's, too.
 
     SIMPLIFIED: production has the package prometheus_client, for Prometheus, a program
     that collects such numbers from many services.
@@ -1851,8 +1857,8 @@ class RequestMiddleware:
             # FastAPI calls this while it reads the body of a POST. It catches an
             # HTTPException, and makes an answer of it. Once the answer has begun, it is
             # too late for that. And a GET is left alone: its body is not read. But its
-            # stream calls this, too, to hear that the client has gone. An exception would
-            # break the stream.
+            # stream calls this, too, to hear that the client has gone. An exception
+            # would break the stream.
             has_body = scope["method"] not in ("GET", "HEAD") and not answer_started
             max_body = self.settings.max_body
             if has_body and body_size > max_body:
@@ -1871,8 +1877,8 @@ class RequestMiddleware:
                 # all the others. So the clock stops at the first byte.
                 seconds = time.perf_counter() - started_at
                 self._record(scope, message["status"], seconds)
-            # NEW: asyncio.timeout() cancels what stands in its block when the time is up,
-            # and makes a TimeoutError of that. A send waits while the client doesn't read.
+            # NEW: asyncio.timeout() cancels what stands in its block when the time is
+            # up, and makes a TimeoutError of that. A send waits until the client reads.
             try:
                 async with asyncio.timeout(self.settings.send_timeout):
                     await send(message)
@@ -2042,7 +2048,7 @@ async def cancel_task(
     return {"detail": "Cancellation requested", "task_id": task_id}
 
 
-# -- The stream of a task -----------------------------------------------------------------
+# -- The stream of a task --------------------------------------------------------------
 # NEW: Server-Sent Events (SSE) are an HTTP answer that doesn't end. It is text, made of
 # frames. A frame is a few lines and an empty one:
 #
@@ -2074,8 +2080,8 @@ def parse_event_id(text: str) -> int:
 
 
 def encode_frame(event: str, data: bytes, version: int | None = None) -> bytes:
-    """One frame. `data` is JSON, and so one line: in a text, JSON writes a line break as
-    the two characters \\n.
+    """One frame. `data` is JSON, and so one line: in a text, JSON writes a line break
+    as the two characters \\n.
 
     No event is named "error": EventSource has one of that name.
     """
@@ -2092,13 +2098,13 @@ SHUTDOWN_FRAME = encode_frame("shutdown", b'{"detail": "The server is stopping"}
 def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceResponse:
     """Send the frames until they end, or until the client has gone.
 
-    sse-starlette's EventSourceResponse does three things beside each other. It sends the
-    frames. It sends a ping every `ping` seconds. It listens for the client's hang-up.
-    And a client that has stopped reading? That goes like this:
+    sse-starlette's EventSourceResponse does three things beside each other. It sends
+    the frames. It sends a ping every `ping` seconds. It listens for the client's
+    hang-up. And a client that has stopped reading? That goes like this:
 
-    1. For a while nobody notices. What is sent goes into buffers of the operating system,
-       here and at the client. They hold a hundred KB or more. If the task ends before
-       they are full, nobody ever notices, and nobody needs to.
+    1. For a while nobody notices. What is sent goes into buffers of the operating
+       system, here and at the client. They hold a hundred KB or more. If the task ends
+       before they are full, nobody ever notices, and nobody needs to.
     2. When they are full, `await send(…)` has to wait.
     3. After `send_timeout` seconds, RequestMiddleware raises SendTimeoutError there.
     4. EventSourceResponse closes the generator of the frames, and so the `finally` in
@@ -2152,12 +2158,12 @@ async def stream_task(
 async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
     """The frames of one task's stream.
 
-    NEW: When a client hangs up, the asyncio task that sends to it is cancelled. It takes
-    frames from this generator, and this one takes states from the one in states(). There
-    are two places where it may wait.
+    NEW: When a client hangs up, the asyncio task that sends to it is cancelled. It
+    takes frames from this generator, and this one takes states from the one in
+    states(). There are two places where it may wait.
 
-    - In states(), at its `await`. CancelledError comes out there. On its way up it passes
-      the `finally` there, and the `async with` here.
+    - In states(), at its `await`. CancelledError comes out there. On its way up it
+      passes the `finally` there, and the `async with` here.
     - In a send. Then both generators stand at their `yield`. sse-starlette closes this
       one: Python raises the exception GeneratorExit at the `yield`. It knows nothing of
       the other one, whose watcher would still be counted. `async with aclosing(states)`
@@ -2172,7 +2178,7 @@ async def task_frames(states: Snapshots) -> AsyncIterator[bytes]:
         yield SHUTDOWN_FRAME
 
 
-# -- How it is doing ---------------------------------------------------------------------
+# -- How it is doing -------------------------------------------------------------------
 
 
 def overview(queue: TaskQueue) -> dict[str, Any]:
@@ -2227,7 +2233,7 @@ async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Re
     return PlainTextResponse(text, headers=vary, media_type="text/plain; version=0.0.4")
 
 
-# -- Answers that are no success ---------------------------------------------------------
+# -- Answers that are no success -------------------------------------------------------
 
 
 async def answer_queue_error(request: Request, error: Exception) -> Response:
@@ -2272,8 +2278,8 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """As FastAPI does it, with one thing added.
 
-    If it can't read a body (no UTF-8, or a million brackets), its 400 has no reason. The
-    reason is the exception that it came from.
+    If it can't read a body (no UTF-8, or a million brackets), its 400 has no reason.
+    The reason is the exception that it came from.
     """
     assert isinstance(error, HTTPException)  # for the type checker
     detail = str(error.detail)
@@ -2293,19 +2299,19 @@ def hear_signals() -> None:
 
     Skip it at first. It is needed with uvicorn's `--reload` and `--workers` alone.
 
-    NEW: With a signal, the operating system tells a process something. SIGINT is Ctrl-C,
-    and `kill` sends SIGTERM. For each, a process can register a function that Python
-    then calls. (Our class Signal has only the name in common.)
+    NEW: With a signal, the operating system tells a process something. SIGINT is
+    Ctrl-C, and `kill` sends SIGTERM. For each, a process can register a function that
+    Python then calls. (Our class Signal has only the name in common.)
 
-    uvicorn registers a method of its server, handle_exit(). sse-starlette wants to know,
-    too. As soon as it is imported, it puts a method of its own in the place of that one,
-    in uvicorn's class. That notes the signal, and calls uvicorn's. But with those two
-    options, uvicorn starts a process, registers its method there, and imports this file
-    only then. It is too late: what is registered is uvicorn's own.
+    uvicorn registers a method of its server, handle_exit(). sse-starlette wants to
+    know, too. As soon as it is imported, it puts a method of its own in the place of
+    that one, in uvicorn's class. That notes the signal, and calls uvicorn's. But with
+    those two options, uvicorn starts a process, registers its method there, and imports
+    this file only then. It is too late: what is registered is uvicorn's own.
 
-    So we look what is registered. If it is a method of a server (`__self__` is the object
-    of a method), we register that server's handle_exit() again. By now, that is the one
-    of sse-starlette.
+    So we look what is registered. If it is a method of a server (`__self__` is the
+    object of a method), we register that server's handle_exit() again. By now, that is
+    the one of sse-starlette.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
@@ -2339,13 +2345,13 @@ async def end_watches_at_a_signal(queue: TaskQueue) -> None:
     step 2 would wait for them. And a second Ctrl-C calls os._exit(), which ends the
     process at once.)
 
-    GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process. Code
-    ends one of them, by `server.should_exit = True`. Then the streams of the other must
-    go on. So this function does not look at the flag of a server. It looks only at
+    GOTCHA [whose-stop]: in a notebook, or in tests, two servers live in one process.
+    Code ends one of them, by `server.should_exit = True`. Then the streams of the other
+    must go on. So this function does not look at the flag of a server. It looks only at
     AppStatus.should_exit, which a signal sets: a signal is meant for all. The price:
-    whoever ends a server by its own flag calls `queue.begin_shutdown()` first. The demo's
-    Server does. (sse-starlette looks at both flags. Without the endless grace period in
-    event_stream(), it would cut off the streams of the wrong server, too.)
+    whoever ends a server by its own flag calls `queue.begin_shutdown()` first. The
+    demo's Server does. (sse-starlette looks at both flags. Without the endless grace
+    period in event_stream(), it would cut off the streams of the wrong server, too.)
     """
     while not AppStatus.should_exit:
         await asyncio.sleep(0.1)
@@ -2358,12 +2364,12 @@ def create_app(settings: Settings = DEFAULTS, handlers: Handlers = HANDLERS) -> 
 
     # NEW: A lifespan is what an app does before its first request and after its last.
     # It is written as one function with a `yield` in the middle. asynccontextmanager
-    # makes something of it that `async with` takes: up to the `yield` runs at the start,
-    # the rest at the end. Here belongs what needs the event loop, and must be stopped.
+    # makes something of it that `async with` takes: up to the `yield` runs at the
+    # start, the rest at the end. Here belongs what needs the event loop and an end.
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         """Run the queue for as long as the app runs."""
-        # This flag is one for the whole process. An earlier server may have left it set.
+        # The whole process has this one flag. An earlier server may have left it set.
         AppStatus.should_exit = False
         hear_signals()
         async with TaskQueue(settings, handlers) as queue:
@@ -2772,12 +2778,12 @@ addScenario("Cancel all that wait", cancelAll, "A DELETE for each. cancel() ends
 connect();
 setInterval(draw, 100);
 </script>
-"""
+"""  # noqa: E501
 TYPES = "".join(f"<option>{task_type}</option>" for task_type in TaskType)
 PAGE = PAGE.replace("TYPES", TYPES)
 
 
-# -- The stream of all tasks -------------------------------------------------------------
+# -- The stream of all tasks -----------------------------------------------------------
 # The page lives on one stream for all tasks.
 #
 # GOTCHA [six-connections]: over HTTP/1.1 a browser opens six connections to a host. A
@@ -2889,8 +2895,8 @@ app = create_app()  # for `uvicorn taskqueue:app`; nothing runs before it is ser
 
 
 # ===== Demo ===========================================================================
-# `python taskqueue.py` serves the app, and takes a tour of it. The tour is a client like
-# any other: what it shows comes over HTTP. Copy from it what you need.
+# `python taskqueue.py` serves the app, and takes a tour of it. The tour is a client
+# like any other: what it shows comes over HTTP. Copy from it what you need.
 #
 # There are two threads. The server has the main one, because Python gives signals to
 # that one alone. The tour has the other one, and may block there as it likes.
@@ -3232,8 +3238,8 @@ def main() -> None:
         listener = socket.create_server((args.host, args.port), family=family)
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"Can't listen on {args.host}:{args.port}: {error}. Already running?")
-    # GOTCHA [forty-milliseconds]: a socket that asyncio makes itself sends what it has at
-    # once. Ours would wait until the client has confirmed what came before. The head
+    # GOTCHA [forty-milliseconds]: a socket that asyncio makes itself sends what it has
+    # at once. Ours would wait until the client has confirmed what came before. The head
     # and the body of an answer are two such pieces, so each answer takes 40 ms more.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

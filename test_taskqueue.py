@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import uuid
 import weakref
@@ -776,7 +777,7 @@ async def test_process_task_takes_a_dict_that_was_validated_already():
 
 
 async def test_submission_makes_not_one_error_each_of_a_model_of_yours():
-    """A list of what fits none of its types makes an error for each. That takes time."""
+    """Each item that fits none of the types makes an error. That takes time."""
 
     async def handle(payload: dict[str, list[int]], update_progress):
         """It is never called."""
@@ -1644,7 +1645,7 @@ async def test_bad_result_spoils_no_list_of_tasks(result, reason):
 
 
 async def test_bad_result_does_not_hide_in_a_class_of_its_own():
-    """What is checked is what is shown. Pydantic would show the fields, and not the dict."""
+    """What is checked is what is shown. Pydantic would show the fields only."""
 
     @dataclasses.dataclass
     class Stats(dict):
@@ -1837,15 +1838,19 @@ async def test_error_names_each_hidden_cause_in_a_group_of_groups():
 
 
 async def test_error_of_many_leaves_costs_little():
-    """As from a TaskGroup that sends thousands of mails. The promise is 50 ms."""
+    """As from a TaskGroup that sends thousands of mails: a few of them are read."""
     errors = []
     for number in range(6000):
         error = ConnectionError(number)
         error.__cause__ = OSError(number)
         errors.append(error)
+    group = ExceptionGroup("many", errors)
     began = time.thread_time()
-    await outcome(raising(ExceptionGroup("many", errors)))
-    assert time.thread_time() - began < 0.25
+    traceback.format_exception(group)
+    to_read_all = time.thread_time() - began
+    began = time.thread_time()
+    await outcome(raising(group))
+    assert time.thread_time() - began < to_read_all / 2
 
 
 async def test_error_of_an_attempt_is_shown_until_the_next_one_begins(gate):

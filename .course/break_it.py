@@ -142,7 +142,7 @@ def run_tests(source: str, *names: str) -> tuple[int, str]:
 
 
 def show(name: str) -> None:
-    """Show the edit and the test, wait for a guess, and show the assertion that fails."""
+    """Show edit and test, wait for a guess, and show the assertion that fails."""
     if not can_run(name):
         needs = BREAKS[name]["needs"]
         sys.exit(f"This one needs a package: {PYTHON} -m pip install {needs}")

@@ -114,7 +114,7 @@ def originals() -> Iterator[str]:
     """taskqueue.py as the course has it, the most likely one first.
 
     A learner works in taskqueue.py, and may commit that. What a clone has come from is
-    under the name origin/HEAD. A plain download has no git: then there is only the file.
+    under the name origin/HEAD. A plain download has no git, and only the file is left.
     """
     for commit in ("origin/HEAD", "HEAD"):
         show = ["git", "-C", str(ROOT), "show", f"{commit}:taskqueue.py"]

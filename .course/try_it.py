@@ -399,9 +399,8 @@ def main() -> None:
     print(f"\n{'THE TRAPS':24} {name:10} taskqueue.py")
     fallen = compare(TRAPS, other, ("FALLS IN", "-"))
     works = len(WORKS) - len(broken)
-    print(
-        f"\n{name}: {works} of {len(WORKS)} work. It falls into {len(fallen)} of {len(TRAPS)} traps."
-    )
+    traps = f"{len(fallen)} of {len(TRAPS)} traps"
+    print(f"\n{name}: {works} of {len(WORKS)} work. It falls into {traps}.")
     print("Each has its name in taskqueue.py: search for GOTCHA [slot-before-get].")
     if sys.argv[2:] == ["--check"]:  # for the gate
         sys.exit(broken != [] or fallen != list(TRAPS))
