@@ -953,6 +953,31 @@ async def test_thread_runs_on_when_nobody_waits_for_it_any_more():
     assert await asyncio.to_thread(ended.wait, 5)
 
 
+@real_clock
+async def test_thread_ends_well_also_if_nobody_waits_for_it_any_more(monkeypatch):
+    """It has nobody to give its result to, and raises nothing for that."""
+    threads = []
+    raised = []
+    began = threading.Event()
+    go_on = threading.Event()
+
+    def handle(payload, update_progress):
+        threads.append(threading.current_thread())
+        began.set()
+        go_on.wait(5)
+
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    handlers = {TaskType.SEND_EMAIL: handle}
+    call = asyncio.create_task(process_task(TaskType.SEND_EMAIL, {}, print, handlers))
+    await asyncio.to_thread(began.wait, 5)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    go_on.set()
+    await asyncio.to_thread(threads[0].join, 5)
+    assert raised == []
+
+
 async def simulated(task_type, payload, monkeypatch):
     """Call the handler without a queue. Return its result, reports and seconds."""
     reports = []
@@ -1837,6 +1862,12 @@ async def test_error_names_each_hidden_cause_in_a_group_of_groups():
     assert task.error == "ValueError: a; KeyError: 'b'; OSError: c"
 
 
+async def test_error_names_the_first_five_of_many_leaves():
+    leaves = [ValueError(number) for number in range(7)]
+    task = await outcome(raising(ExceptionGroup("seven", leaves)))
+    assert task.error == "; ".join(f"ValueError: {number}" for number in range(5))
+
+
 async def test_error_of_many_leaves_costs_little():
     """As from a TaskGroup that sends thousands of mails: a few of them are read."""
     errors = []
@@ -2050,6 +2081,23 @@ async def test_log_has_the_traceback_of_a_failed_attempt(caplog):
     assert 'raise ValueError("bad image")' in record.getMessage()
 
 
+async def test_log_has_the_traceback_of_each_leaf_and_of_its_cause(caplog):
+    async def fail():
+        try:
+            shrink()
+        except ValueError as error:
+            raise ConnectionError("no route") from error
+
+    async def handle(payload, update_progress):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+
+    await outcome(handle)
+    [record] = caplog.records
+    assert 'raise ValueError("bad image")' in record.getMessage()
+    assert "ConnectionError: no route" in record.getMessage()
+
+
 async def test_log_tells_of_an_attempt_that_has_succeeded(caplog):
     caplog.set_level(logging.INFO, "taskqueue")
     async with running(returning("done")) as queue:
@@ -2112,12 +2160,13 @@ async def fail_from(image):
 
 
 async def fail_in_group(image):
-    """The same, as a leaf."""
+    """The same, as a leaf, and so that only the group leads to it."""
+    leaf = None
     try:
         await fail_with(image)
     except ValueError as error:
         leaf = error
-        raise ExceptionGroup("group", [leaf]) from None
+    raise ExceptionGroup("group", [leaf])
 
 
 async def wait_for_ever(image):
@@ -3168,6 +3217,16 @@ async def test_attempt_is_tried_again_after_a_timeout(gate):
     assert now() == pytest.approx(4, abs=0.01)
 
 
+async def test_attempt_can_succeed_after_one_whose_time_was_up(gate):
+    async with running(gate, backoff_base=0) as queue:
+        task_id = queue.submit(email(timeout=2, max_retries=1)).id
+        await asyncio.sleep(3)
+        gate.let_go("it", "done")
+        task = await until(queue, task_id)
+    assert task.status == "completed"
+    assert task.attempt == 2
+
+
 async def test_attempt_has_its_whole_time_again_after_a_retry(gate):
     async with running(gate, backoff_base=0) as queue:
         task_id = queue.submit(email(timeout=10, max_retries=1)).id
@@ -3906,6 +3965,32 @@ async def test_a_stream_ignores_a_large_body_that_nobody_asked_for(gate):
         path = f"/tasks/{task_id}/stream"
         answer = await client.request("GET", path, content=b" " * 101)
     assert answer.status_code == 200
+
+
+async def test_a_body_is_no_longer_measured_once_the_answer_has_begun():
+    """An app may answer before it has read a body. Then there is no 413 to send."""
+
+    async def answer_first(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        read.append(await receive())
+        await send({"type": "http.response.body", "body": b"fine"})
+
+    async def receive():
+        return {"type": "http.request", "body": b" " * 101}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    read = []
+    sent = []
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    settings = Settings(max_body=100)
+    middleware = taskqueue.RequestMiddleware(
+        answer_first, taskqueue.Metrics(), settings
+    )
+    await middleware(scope, receive, send)
+    assert len(read[0]["body"]) == 101
+    assert sent == ["http.response.start", "http.response.body"]
 
 
 async def test_a_list_ignores_a_large_body_that_nobody_asked_for(gate):
@@ -5602,6 +5687,21 @@ async def test_events_after_a_fresh_start_do_not_send_what_is_older(gate):
             await read_batch(stream)
             await asyncio.sleep(1)
             assert stream.messages.empty()
+
+
+async def test_events_tell_of_an_old_task_that_changes(gate):
+    """Also if one that came later has not changed since."""
+    async with serving(gate, max_workers=1) as (client, queue):
+        old = queue.submit(email("old")).id
+        queue.submit(email("new"))
+        await quiet()
+        async with Stream(client.app, "/events") as stream:
+            await read_batch(stream)
+            gate.report["old"](50)
+            news, _ = await read_batch(stream)
+    assert [(each["data"]["id"], each["data"]["progress"]) for each in news] == [
+        (old, 50)
+    ]
 
 
 async def test_events_show_a_task_without_its_payload(gate):
