@@ -272,6 +272,19 @@ async def bring_to(status, queue, gate):
     return task_id
 
 
+def seconds_of_work(function):
+    """The time that the processor works on it: the least of three calls.
+
+    Compare it with that of something else: a slow machine is slow with both.
+    """
+    seconds = []
+    for _ in range(3):
+        began = time.thread_time()
+        function()
+        seconds.append(time.thread_time() - began)
+    return min(seconds)
+
+
 def throw(error):
     """Raise it: for a lambda, which can't."""
     raise error
@@ -570,16 +583,17 @@ NASTY_PAYLOADS = [
 
 @pytest.mark.parametrize("text", NASTY_PAYLOADS)
 async def test_submission_costs_little_whatever_is_in_it(text, gate):
-    """The promise is 50 ms. The best of three counts, and slow machines have more."""
+    """The promise is 50 ms. The 32,000 numbers that fit into a body take half of it."""
     payload = {"x": json.loads(text)}
-    costs = []
+
+    def submit():
+        with contextlib.suppress(ValidationError):
+            queue.submit(TaskSubmission(task_type="send_email", payload=payload))
+
     async with running(gate) as queue:
-        for _ in range(3):
-            began = time.thread_time()
-            with contextlib.suppress(ValidationError):
-                queue.submit(TaskSubmission(task_type="send_email", payload=payload))
-            costs.append(time.thread_time() - began)
-    assert min(costs) < 0.25
+        cost = seconds_of_work(submit)
+    numbers = [0] * 32_000
+    assert cost < 5 * seconds_of_work(lambda: taskqueue.check_json(numbers, "x"))
 
 
 @pytest.mark.parametrize(
@@ -1876,9 +1890,7 @@ async def test_error_of_many_leaves_costs_little():
         error.__cause__ = OSError(number)
         errors.append(error)
     group = ExceptionGroup("many", errors)
-    began = time.thread_time()
-    traceback.format_exception(group)
-    to_read_all = time.thread_time() - began
+    to_read_all = seconds_of_work(lambda: traceback.format_exception(group))
     began = time.thread_time()
     await outcome(raising(group))
     assert time.thread_time() - began < to_read_all / 2
@@ -4186,17 +4198,20 @@ async def test_list_shows_each_task_as_it_is_shown_alone(status, gate):
 
 
 async def test_list_of_a_hundred_nasty_payloads_costs_little(gate):
+    """They are not parsed and encoded anew."""
     payload = {"x": [[]] * 20_000}
+    text = json.dumps(payload)
+    anew = 100 * seconds_of_work(lambda: json.dumps(json.loads(text)))
     async with serving(gate) as (client, queue):
         for _ in range(100):
             queue.submit(
                 TaskSubmission(task_type="send_email", payload=payload, delay=60)
             )
-        began = time.process_time()
+        began = time.thread_time()
         answer = await client.get("/tasks")
-        seconds = time.process_time() - began
+        seconds = time.thread_time() - began
     assert len(answer.content) > 6_000_000
-    assert seconds < 0.3  # parsed and encoded anew, it is over a second
+    assert seconds < anew / 2
 
 
 async def test_list_waits_for_its_reader_after_each_piece(gate):
