@@ -502,8 +502,8 @@ def payload_type(function: Handler) -> TypeAdapter[Any]:
     """The type in the annotation of the handler's first parameter.
 
     It is `SendEmailPayload` for `def send(payload: SendEmailPayload, update_progress)`.
-    Without an annotation, or for Any, it is Payload. Raises TypeError if
-    the function can't be called with a payload and an `update_progress`.
+    Without an annotation, or for Any, it is Payload. Raises TypeError if the function
+    can't be called with a payload and an `update_progress`.
     """
     # NEW: A TypeAdapter makes a model out of any type. For example
     # TypeAdapter(list[int]).validate_json("[1, 2]") returns [1, 2].

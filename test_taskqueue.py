@@ -1067,6 +1067,7 @@ async def test_simulated_mail_says_whom_it_went_to(monkeypatch):
     payload = SendEmailPayload(to="a@example.com")
     result, _, _ = await simulated("send_email", payload, monkeypatch)
     assert result["to"] == "a@example.com"
+    assert re.fullmatch(r"<\w+@example.com>", result["message_id"])
 
 
 async def test_simulated_mail_to_a_domain_that_cannot_exist_fails(monkeypatch):
@@ -1086,6 +1087,14 @@ async def test_simulated_handlers_fail_as_often_as_is_set(failure_rate, status):
         ]
         await queue.join()
         assert {queue.get_task(each).status for each in task_ids} == {status}
+
+
+async def test_simulated_handlers_never_fail_at_a_rate_of_0(monkeypatch):
+    monkeypatch.setattr(random, "random", lambda: 0.0)  # the least that it returns
+    async with TaskQueue(Settings(failure_rate=0)) as queue:
+        submission = TaskSubmission(task_type="resize_image")
+        task = await until(queue, queue.submit(submission).id)
+    assert task.status == "completed"
 
 
 async def test_simulated_handlers_take_their_time_from_the_pace_of_their_own_queue():
