@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import importlib
 import inspect
 import itertools
 import json
@@ -1413,6 +1414,7 @@ async def reported(*reports):
         (Decimal("7.5"), 7),
         (Fraction(15, 2), 7),
         (100.00000000000001, 100),
+        (100.004, 100),
         (-0.00000000000001, 0),
         (Decimal("100.0000000000000000001"), 100),
     ],
@@ -1428,7 +1430,7 @@ async def test_progress_is_any_real_number_from_0_to_100(percent, shown):
     "percent",
     [
         -1,
-        100.1,
+        100.006,
         math.nan,
         math.inf,
         10**400,
@@ -1823,6 +1825,16 @@ async def test_error_names_the_handlers_line_and_not_that_of_a_library():
     assert (await outcome(handle)).error.endswith(f":{line} in handle)")
 
 
+async def test_error_names_the_handlers_line_and_not_that_of_the_import_machinery():
+    """It is built into Python: its file is called "<frozen importlib._bootstrap>"."""
+
+    async def handle(payload, update_progress):
+        importlib.import_module("no_such_module")
+
+    line = handle.__code__.co_firstlineno + 1
+    assert (await outcome(handle)).error.endswith(f":{line} in handle)")
+
+
 async def test_error_of_a_wrong_progress_names_the_handlers_line():
     async def handle(payload, update_progress):
         update_progress("half")
@@ -2037,6 +2049,12 @@ async def test_cancelled_error_or_any_other_fails_its_task_and_frees_the_slot(
         assert task.status == "failed"
         assert 0 < len(strict_json(task.model_dump_json())["error"]) <= 1000
         assert (await until(queue, queue.submit(email("next")).id)).result == "fine"
+
+
+async def test_error_that_can_not_be_read_is_tried_again():
+    odd = OddGroup("odd", [ValueError("x")])
+    task = await outcome(raising(odd), settings={"backoff_base": 0}, max_retries=1)
+    assert task.attempt == 2
 
 
 class Away(logging.Handler):
@@ -2634,6 +2652,10 @@ NO_MAIL = TaskSubmission(task_type="send_email", payload={"subject": 1})
 CALLS = [
     pytest.param(lambda queue, task_id: queue.submit(email()), id="submit"),
     pytest.param(lambda queue, task_id: queue.submit(NO_MAIL), id="submit a bad one"),
+    pytest.param(
+        lambda queue, task_id: queue.submit(email(delay=9), None, "key"),
+        id="submit again",
+    ),
     pytest.param(lambda queue, task_id: queue.cancel(task_id), id="cancel"),
     pytest.param(lambda queue, task_id: queue.get_task(task_id), id="get_task"),
     pytest.param(lambda queue, task_id: queue.list_tasks(), id="list_tasks"),
@@ -2647,7 +2669,7 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS)
 async def test_queue_refuses_another_thread(call, gate):
     async with running(gate) as queue:
-        task = queue.submit(email(delay=9))
+        task = queue.submit(email(delay=9), None, "key")
         with pytest.raises(RuntimeError, match="no running event loop"):
             await asyncio.to_thread(call, queue, task.id)
         assert queue.list_tasks() == ([task], 1)
@@ -2661,7 +2683,7 @@ async def test_queue_refuses_another_event_loop(call, gate):
         call(queue, task.id)
 
     async with running(gate) as queue:
-        task = queue.submit(email(delay=9))
+        task = queue.submit(email(delay=9), None, "key")
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, in_another_loop())
         assert queue.list_tasks() == ([task], 1)
@@ -2891,9 +2913,12 @@ async def test_join_ends_when_the_queue_stops(gate):
 
 async def test_join_waits_for_what_a_stop_lets_run_on(gate):
     async with running(gate, drain_seconds=5) as queue:
-        await bring_to("running", queue, gate)
+        queue.submit(email("first"))
+        queue.submit(email("second"))
+        await quiet()
         joining = asyncio.create_task(queue.join())
-        asyncio.get_running_loop().call_later(4, gate.let_go, "it", "done")
+        asyncio.get_running_loop().call_later(3, gate.let_go, "first")
+        asyncio.get_running_loop().call_later(4, gate.let_go, "second")
     await joining
     assert now() == pytest.approx(4, abs=0.01)
 
@@ -3112,6 +3137,19 @@ async def test_workers_lazy_cancel_does_not_fill_the_memory(gate):
         gc.collect()
         records = [each for each in gc.get_objects() if type(each) is TaskRecord]
         assert len(records) < 200
+
+
+async def test_workers_lazy_cancel_costs_no_more_than_a_submission(gate):
+    """However many wait: not each cancel looks through all of them."""
+    async with running(gate, max_pending=5000, keep_finished=0) as queue:
+        began = time.thread_time()
+        ids = [queue.submit(email()).id for _ in range(3000)]
+        to_submit = time.thread_time() - began
+        began = time.thread_time()
+        for task_id in ids[:1000]:
+            queue.cancel(task_id)
+        to_cancel = time.thread_time() - began
+    assert to_cancel < to_submit
 
 
 async def test_workers_lazy_cancel_keeps_the_order_of_those_that_stay(gate):
