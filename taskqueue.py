@@ -1859,7 +1859,7 @@ class RequestMiddleware:
             # too late for that. And a GET is left alone: its body is not read. But its
             # stream calls this, too, to hear that the client has gone. An exception
             # would break the stream.
-            has_body = scope["method"] not in ("GET", "HEAD") and not answer_started
+            has_body = scope["method"] != "GET" and not answer_started
             max_body = self.settings.max_body
             if has_body and body_size > max_body:
                 raise HTTPException(413, f"The body has over {max_body} bytes")

@@ -49,6 +49,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from sse_starlette.sse import AppStatus
+from starlette.datastructures import Headers
 
 import taskqueue
 from taskqueue import (
@@ -2879,6 +2880,15 @@ async def test_cancel_of_a_finished_task_is_refused(status, force, gate):
             queue.cancel(task_id, force=force)
 
 
+async def test_cancel_by_force_reaches_a_handler_that_was_taken_away_meanwhile(gate):
+    async with running(gate) as queue:
+        task_id = await bring_to("running", queue, gate)
+        del queue.handlers[TaskType.SEND_EMAIL]
+        queue.cancel(task_id, force=True)
+        await quiet()
+        assert queue.get_task(task_id).status == "cancelled"
+
+
 async def test_cancel_of_an_unknown_task_is_refused(gate):
     async with running(gate) as queue:
         with pytest.raises(TaskNotFound):
@@ -3802,6 +3812,15 @@ async def test_metrics_give_the_average_in_milliseconds(monkeypatch):
     assert numbers["avg_duration_ms"] == pytest.approx(100, abs=0.1)
 
 
+def test_metrics_round_the_average_to_a_thousandth():
+    metrics = taskqueue.Metrics()
+    metrics.record("GET", "/tasks", 200, 2.0)
+    assert metrics.as_json()["avg_duration_ms"] == 2000
+    metrics.record("GET", "/tasks", 200, 0.000_001)
+    metrics.record("GET", "/tasks", 200, 0)
+    assert metrics.as_json()["avg_duration_ms"] == 666.667
+
+
 async def test_metrics_before_the_first_request_are_zero():
     async with serving() as (client, _):
         numbers = (await client.get("/metrics")).json()
@@ -3947,6 +3966,22 @@ async def test_unhandled_is_500_only_before_the_answer_has_begun():
     with pytest.raises(RuntimeError, match="a bug"):
         await middleware(scope, None, send)
     assert sent == [200]
+
+
+async def test_an_answer_without_any_header_gets_its_id():
+    """ASGI lets an app leave out the headers of its answer."""
+
+    async def bare(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message):
+        sent.append(Headers(scope=message))
+
+    sent = []
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    middleware = taskqueue.RequestMiddleware(bare, taskqueue.Metrics(), Settings())
+    await middleware(scope, None, send)
+    assert sent[0]["X-Request-ID"] == scope["state"]["request_id"]
 
 
 # GOTCHA [base-http-middleware]
