@@ -45,7 +45,7 @@ import anyio
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from sse_starlette.sse import AppStatus
@@ -4311,6 +4311,29 @@ async def test_list_waits_for_its_reader_after_each_piece(gate):
     assert max(sizes) < 130_000
 
 
+async def test_list_gives_others_a_turn_after_each_piece(gate):
+    async with serving(gate) as (client, queue):
+        for _ in range(6):
+            queue.submit(email("x" * 60_000, delay=60))
+        async with Stream(client.app, "/tasks") as stream:
+            await stream.messages.get()  # the head
+            for _ in range(3):
+                await stream.messages.get()
+                assert stream.messages.empty()
+
+
+async def test_list_of_small_tasks_is_one_piece_of_json(gate):
+    async with serving(gate) as (client, queue):
+        for number in range(50):
+            queue.submit(email(str(number), delay=60))
+        async with Stream(client.app, "/tasks") as stream:
+            await quiet()
+            head = await stream.messages.get()
+            body = await stream.messages.get()
+    assert Headers(scope=head)["Content-Type"] == "application/json"
+    assert len(strict_json(body["body"])["tasks"]) == 50
+
+
 async def test_list_by_status_shows_first_what_entered_it_last(gate):
     async with serving(gate) as (client, queue):
         first = queue.submit(email("first")).id
@@ -4412,7 +4435,9 @@ async def test_an_idempotency_key_with_another_body_is_a_422(gate):
         answer = await post_with_key(client, "k", FINE.decode())
     assert answer.status_code == 422
     [problem] = answer.json()["detail"]
+    assert problem["type"] == "value_error"
     assert problem["loc"] == ["header", "Idempotency-Key"]
+    assert problem["msg"].startswith("This key came with another submission")
 
 
 async def test_a_known_idempotency_key_is_answered_by_a_full_queue_too(gate):
@@ -4933,7 +4958,8 @@ async def test_metrics_are_json_unless_text_is_asked_for(accept):
 async def test_metrics_are_text_for_prometheus(accept):
     async with serving() as (client, _):
         answer = await client.get("/metrics", headers={"Accept": accept})
-    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.headers["Content-Type"] == kind
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/plain"])
@@ -4955,10 +4981,13 @@ async def test_metrics_text_says_of_each_metric_what_it_is():
     """HELP, TYPE, and its samples after them: so Prometheus wants it."""
     async with serving() as (client, _):
         lines = await prometheus_lines(client)
-    help_lines = [line.split()[2] for line in lines if line.startswith("# HELP ")]
-    type_lines = [line.split()[2] for line in lines if line.startswith("# TYPE ")]
-    assert help_lines == type_lines
-    assert len(set(help_lines)) == len(help_lines) == 2
+    helped = [line.split()[2] for line in lines if line.startswith("# HELP ")]
+    types = dict(line.split()[2:] for line in lines if line.startswith("# TYPE "))
+    assert types == {
+        "taskqueue_http_request_seconds": "summary",
+        "taskqueue_tasks": "gauge",
+    }
+    assert helped == list(types)
 
 
 async def test_metrics_text_has_each_sample_below_its_type():
@@ -5040,6 +5069,34 @@ async def test_404_after_200_cannot_come_from_an_eviction_either(gate):
     assert [frame["data"]["status"] for frame in frames] == ["completed"]
 
 
+async def test_an_unknown_path_is_a_404_with_a_detail():
+    async with serving() as (client, _):
+        answer = await client.get("/nowhere")
+    assert answer.status_code == 404
+    assert answer.json() == {"detail": "Not Found"}
+
+
+@pytest.mark.parametrize("status", [400, 409])
+async def test_a_refusal_of_a_route_of_yours_is_told_as_it_is(status):
+    async def refuse():
+        raise HTTPException(status, "no")
+
+    async with serving() as (client, _):
+        client.app.add_api_route("/refuse", refuse)
+        answer = await client.get("/refuse")
+    assert (answer.status_code, answer.json()) == (status, {"detail": "no"})
+
+
+async def test_a_refusal_does_not_show_what_it_came_from():
+    async def refuse():
+        raise HTTPException(409, "taken") from KeyError("a secret")
+
+    async with serving() as (client, _):
+        client.app.add_api_route("/refuse", refuse)
+        answer = await client.get("/refuse")
+    assert answer.json() == {"detail": "taken"}
+
+
 async def test_a_known_path_with_another_method_is_a_405_with_a_detail():
     async with serving() as (client, _):
         answer = await client.put("/tasks/unknown")
@@ -5096,6 +5153,12 @@ async def test_a_bad_field_is_a_422_with_its_place(fields, place):
         answer = await post_email(client, **fields)
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["body", *place]
+
+
+async def test_a_422_is_json():
+    async with serving() as (client, _):
+        answer = await client.post("/tasks", json={})
+    assert answer.headers["Content-Type"] == "application/json"
 
 
 async def test_a_422_has_the_first_20_errors_and_no_more():
@@ -5167,7 +5230,13 @@ async def test_missing_content_type_is_named_beside_what_was_sent():
     headers = {"Content-Type": "text/plain"}
     async with serving() as (client, _):
         answer = await client.post("/tasks", content=FINE, headers=headers)
-    assert answer.json()["detail"][0]["msg"].endswith("text/plain")
+    assert answer.json()["detail"][0]["msg"].endswith(" was: text/plain")
+
+
+async def test_missing_content_type_is_told_apart_from_a_wrong_one():
+    async with serving() as (client, _):
+        answer = await client.post("/tasks", content=FINE)
+    assert answer.json()["detail"][0]["msg"].endswith(" was: none")
 
 
 async def test_missing_content_type_is_not_blamed_for_a_list():
@@ -5213,7 +5282,15 @@ async def test_a_body_that_is_no_text_is_told_how_to_be_sent(body):
     async with serving() as (client, _):
         answer = await client.post("/tasks", content=body, headers=JSON_TYPE)
     assert answer.status_code == 400
-    assert "Send JSON in UTF-8, not compressed" in answer.json()["detail"]
+    assert "can't decode byte" in answer.json()["detail"]
+    assert answer.json()["detail"].endswith("Send JSON in UTF-8, not compressed")
+
+
+async def test_a_body_of_too_many_levels_is_told_why_it_can_not_be_read():
+    async with serving() as (client, _):
+        answer = await client.post("/tasks", content=b"[" * 20_000, headers=JSON_TYPE)
+    assert answer.status_code == 400
+    assert "parsing the body: " in answer.json()["detail"]
 
 
 def body_with(value, fields=""):
@@ -5453,6 +5530,14 @@ async def test_openapi_is_served_and_has_only_relative_addresses():
     assert answer.json()["servers"] == [{"url": "."}]
 
 
+async def test_openapi_has_only_relative_addresses_behind_a_prefix_too():
+    async with serving() as (client, _):
+        transport = httpx.ASGITransport(client.app, root_path="/prefix")
+        behind = httpx.AsyncClient(transport=transport, base_url="http://test")
+        answer = await behind.get("/openapi.json")
+    assert answer.json()["servers"] == [{"url": "."}]
+
+
 # ===== App ============================================================================
 # Apps side by side, and one within another.
 
@@ -5572,7 +5657,9 @@ async def test_stream_shutdown_order_is_goodbye_first(path, gate, monkeypatch):
         await stream.next()
         # sse-starlette sets this when the server gets a signal.
         monkeypatch.setattr(AppStatus, "should_exit", True)
+        began = now()
         frames = await to_the_end(stream)
+        assert now() - began < 0.2
     assert frames[-1]["event"] == "shutdown"
 
 
