@@ -4279,20 +4279,19 @@ async def test_list_shows_each_task_as_it_is_shown_alone(status, gate):
     assert answer.json() == {"tasks": [alone.json()], "total": 1}
 
 
-async def test_list_of_a_hundred_nasty_payloads_costs_little(gate):
+async def test_list_of_nasty_payloads_costs_little(gate):
     """They are not parsed and encoded anew."""
     payload = {"x": [[]] * 20_000}
     text = json.dumps(payload)
-    anew = 100 * seconds_of_work(lambda: json.dumps(json.loads(text)))
+    anew = 30 * seconds_of_work(lambda: json.dumps(json.loads(text)))
     async with serving(gate) as (client, queue):
-        for _ in range(100):
-            queue.submit(
-                TaskSubmission(task_type="send_email", payload=payload, delay=60)
-            )
+        submission = TaskSubmission(task_type="send_email", payload=payload, delay=60)
+        for _ in range(30):
+            queue.submit(submission)
         began = time.thread_time()
         answer = await client.get("/tasks")
         seconds = time.thread_time() - began
-    assert len(answer.content) > 6_000_000
+    assert len(answer.content) > 30 * 60_000
     assert seconds < anew / 2
 
 
@@ -6320,6 +6319,7 @@ def test_tour_gives_each_attempt_of_a_retry_a_line_of_its_own(tour):
         "--failure-rate 1 --max-workers 1 --max-pending 1 --backoff-base 0",
         "--max-workers 50 --ping-seconds 0.001",
         "--keep-finished 0",
+        "--step",  # it waits for nobody, because there is no terminal
     ],
 )
 def test_tour_holds_with_unusual_settings(flags):
@@ -6350,19 +6350,18 @@ def test_tour_says_what_is_not_so_and_then_exits_with_1(bug):
     "environment",
     [
         {"ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": "localhost,[::1]"},
-        {"http_proxy": "http://127.0.0.1:9", "SSL_CERT_FILE": "/nonexistent.pem"},
-        {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        {
+            "http_proxy": "http://127.0.0.1:9",
+            "SSL_CERT_FILE": "/nonexistent.pem",
+            "PYTHONIOENCODING": "cp1252",
+            "PYTHONUTF8": "0",
+        },
     ],
-    ids=["trust-env, all", "trust-env, http", "cp1252"],
+    ids=["trust-env, all", "trust-env, http"],
 )
 def test_tour_does_not_mind_the_environment_trust_env_cp1252(environment):
     code, output = run("--once", "--port", "0", "--pace", "0", env=environment)
     assert code == 0, output
-
-
-def test_tour_by_step_does_not_wait_without_a_terminal():
-    code, _ = run("--once", "--step", "--port", "0", "--pace", "0")
-    assert code == 0
 
 
 @posix_only
@@ -6610,14 +6609,24 @@ def test_port_in_use_is_one_clear_line_and_exit_1():
     assert output.count("\n") == 1
 
 
+def exit_code(monkeypatch, *flags):
+    """Call main() with these flags, in this process. Return what it exits with.
+
+    A text is printed by Python, and the exit code is 1 then.
+    """
+    monkeypatch.setattr(sys, "argv", ["taskqueue.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        taskqueue.main()
+    return ended.value.code
+
+
 @pytest.mark.parametrize(
     "address", [["--port", "70000"], ["--port", "-1"], ["--host", "a..b"]]
 )
-def test_address_that_is_none_is_one_clear_line_and_exit_1(address):
-    code, output = run(*address)
-    assert code == 1
-    assert output.startswith("Can't listen on ")
-    assert output.count("\n") == 1
+def test_address_that_is_none_is_one_clear_line_and_exit_1(address, monkeypatch):
+    message = exit_code(monkeypatch, *address)
+    assert message.startswith("Can't listen on ")
+    assert "\n" not in message
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6")
@@ -6638,17 +6647,16 @@ def test_host_can_be_of_ipv6():
     ],
     ids=" ".join,
 )
-def test_bad_value_is_one_clear_line_and_exit_2(flags):
-    code, output = run("--port", "0", *flags)
-    usage, error = output.splitlines()
-    assert code == 2
+def test_bad_value_is_one_clear_line_and_exit_2(flags, monkeypatch, capsys):
+    assert exit_code(monkeypatch, "--port", "0", *flags) == 2
+    usage, error = capsys.readouterr().err.splitlines()
     assert usage.startswith("usage: ")
     assert flags[0].removeprefix("--") in error.replace("_", "-")
 
 
-def test_help_has_a_flag_for_each_setting_with_its_default():
-    code, output = run("--help")
-    assert code == 0
+def test_help_has_a_flag_for_each_setting_with_its_default(monkeypatch, capsys):
+    assert exit_code(monkeypatch, "--help") == 0
+    output = capsys.readouterr().out
     for name, info in Settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         assert re.search(
