@@ -115,12 +115,18 @@ def make_copy(folder: str, source: str) -> None:
     shutil.copy(HERE / "brief.py", folder)
 
 
-def run_tests(source: str, *names: str) -> tuple[int, str]:
-    """Run the tests of these traps. Return pytest's exit code, and what it has said."""
+def run_tests(source: str, *names: str, quick: bool = False) -> tuple[int, str]:
+    """Run the tests of these traps. Return pytest's exit code, and what it has said.
+
+    Pytest rewrites each assert, so that it shows its values. That takes a second.
+    `quick` leaves it out.
+    """
     keywords = " or ".join(name.replace("-", "_") for name in names)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "brief", "-rN"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider"]
     command += ["--no-header", "--show-capture=no"]
+    if quick:
+        command += ["--assert=plain"]
     command += ["test_taskqueue.py", "-k", keywords]
     with tempfile.TemporaryDirectory() as folder:
         make_copy(folder, source)
@@ -184,7 +190,7 @@ def check(names: list[str]) -> None:
         sys.exit(f"Without an edit, or without a GOTCHA: {', '.join(sorted(odd))}")
     if table() not in README.read_text(encoding="utf-8"):
         sys.exit("The table in .course/README.md is old: see break_it.py --table")
-    code, output = run_tests(MODULE, *names)
+    code, output = run_tests(MODULE, *names, quick=True)
     if code != 0:
         sys.exit(f"The tests are not green to begin with:\n{output}")
     print(f"The tests of {len(names)} traps are green on the original.", flush=True)
@@ -194,7 +200,9 @@ def check(names: list[str]) -> None:
             print(f"left out, because it needs {BREAKS[name]['needs']}: {name}")
     names = [name for name in names if can_run(name)]
     with ThreadPoolExecutor(4) as pool:  # some of them mostly wait
-        outcomes = pool.map(lambda name: run_tests(apply(name), name), names)
+        outcomes = pool.map(
+            lambda name: run_tests(apply(name), name, quick=True), names
+        )
         for name, (code, output) in zip(names, outcomes, strict=True):
             if code == 1:
                 print(f"red, as it should be: {name}", flush=True)

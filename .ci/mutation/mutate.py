@@ -432,9 +432,9 @@ def fork_pytest(directory: Path, tests: list[str]) -> int:
     import pytest
 
     # Pytest warns of plugins that are imported already: it can't rewrite their asserts.
-    code = pytest.main(
-        ["-x", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests]
-    )
+    # And to rewrite the asserts takes a second, for each mutant.
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--assert=plain"]
+    code = pytest.main(["-x", "-q", *quiet, *tests])
     sys.stdout.flush()
     os._exit(code)
 
