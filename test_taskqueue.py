@@ -6609,24 +6609,14 @@ def test_port_in_use_is_one_clear_line_and_exit_1():
     assert output.count("\n") == 1
 
 
-def exit_code(monkeypatch, *flags):
-    """Call main() with these flags, in this process. Return what it exits with.
-
-    A text is printed by Python, and the exit code is 1 then.
-    """
-    monkeypatch.setattr(sys, "argv", ["taskqueue.py", *flags])
-    with pytest.raises(SystemExit) as ended:
-        taskqueue.main()
-    return ended.value.code
-
-
 @pytest.mark.parametrize(
     "address", [["--port", "70000"], ["--port", "-1"], ["--host", "a..b"]]
 )
-def test_address_that_is_none_is_one_clear_line_and_exit_1(address, monkeypatch):
-    message = exit_code(monkeypatch, *address)
-    assert message.startswith("Can't listen on ")
-    assert "\n" not in message
+def test_address_that_is_none_is_one_clear_line_and_exit_1(address):
+    code, output = run(*address)
+    assert code == 1
+    assert output.startswith("Can't listen on ")
+    assert output.count("\n") == 1
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6")
@@ -6634,6 +6624,14 @@ def test_host_can_be_of_ipv6():
     code, output = run("--once", "--port", "0", "--host", "::1", "--pace", "0")
     assert code == 0
     assert "http://[::1]:" in output
+
+
+def exit_code(monkeypatch, *flags):
+    """Call main() with these flags, in this process. Return what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["taskqueue.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        taskqueue.main()
+    return ended.value.code
 
 
 @pytest.mark.parametrize(
