@@ -433,13 +433,39 @@ def test_settings_with_a_misspelt_name_are_refused():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("max_workers", 1),
+        ("max_workers", 1000),
+        ("max_pending", 1),
+        ("keep_finished", 0),
+        ("drain_seconds", 0),
+        ("backoff_base", 0),
+        ("backoff_cap", 0),
+        ("backoff_cap", 10**9),
+        ("send_timeout", 0.001),
+        ("ping_seconds", 0.001),
+        ("max_body", 1),
+        ("max_result", 1),
+        ("failure_rate", 0),
+        ("failure_rate", 1),
+        ("pace", 0),
+    ],
+)
+def test_settings_take_their_bounds(name, value):
+    assert getattr(Settings(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("max_workers", 0),
+        ("max_workers", 1001),
         ("max_pending", 0),
         ("keep_finished", -1),
         ("drain_seconds", -1),
         ("drain_seconds", math.inf),
         ("backoff_base", -1),
         ("backoff_cap", -1),
+        ("backoff_cap", 10**9 + 1),
         ("backoff_cap", math.inf),
         ("send_timeout", 0),
         ("ping_seconds", 0),
