@@ -577,6 +577,11 @@ def test_submission_takes_a_payload_of_100_levels():
     assert TaskSubmission(task_type="send_email", payload=payload).payload == payload
 
 
+def test_submission_takes_a_value_within_100_levels():
+    payload = {"x": json.loads("[" * 99 + "1" + "]" * 99)}
+    assert TaskSubmission(task_type="send_email", payload=payload).payload == payload
+
+
 @pytest.mark.parametrize("levels", [101, 200, 900, 5000])
 def test_submission_refuses_a_payload_that_is_too_deep(levels):
     deep = []
@@ -630,6 +635,10 @@ async def test_submission_costs_little_whatever_is_in_it(text, gate):
 def test_payloads_need_no_field_and_keep_further_keys(model):
     payload = model.model_validate({"further": [1]})
     assert payload.further == [1]
+
+
+def test_payload_image_may_have_one_pixel():
+    assert ResizeImagePayload(width=1, height=1).width == 1
 
 
 @pytest.mark.parametrize("report_id", ["weekly", 7])
@@ -1745,12 +1754,13 @@ async def test_bad_result_does_not_hide_in_a_class_of_its_own():
         {"a": [1], "b": None},
         [10**30, 32, 99, 1.5],
         {},
+        "é" * 40,
     ],
     ids=repr,
 )
 async def test_result_may_have_as_many_bytes_as_is_set(result):
-    size = len(json.dumps(result, separators=(",", ":")))
-    task = await outcome(returning(result), settings={"max_result": size})
+    text = json.dumps(result, separators=(",", ":"), ensure_ascii=False)
+    task = await outcome(returning(result), settings={"max_result": len(text.encode())})
     assert task.status == "completed"
 
 
