@@ -2592,7 +2592,7 @@ async def test_stop_leaves_a_handler_behind_that_ignores_it(caplog):
     async with running(handle, drain_seconds=5) as queue:
         task_id = queue.submit(email()).id
         await quiet()
-    assert now() == pytest.approx(5 + TaskQueue.GRACE_SECONDS, abs=0.01)
+    assert now() == pytest.approx(5.2, abs=0.01)
     [warning] = caplog.records
     assert task_id in warning.getMessage()
     let_go.set()
