@@ -1158,6 +1158,8 @@ def printable(text: str) -> str:
     GOTCHA [forged-log]: a client puts a line break into what we log, and after it a
     line that looks like one of ours. Escaped, it stays inside of its own line.
     """
+    if text.isprintable():  # as nearly always
+        return text
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
@@ -1480,13 +1482,14 @@ class TaskQueue:
             # GOTCHA [strong-reference] is no danger here: the event loop keeps an
             # asyncio task until its first step. There, this one puts itself into the
             # record.
-            asyncio.create_task(self._attempt(record))
-            # sleep(0) gives up the turn, once. As things are, that is not needed: soon
-            # all slots are taken, and acquire() waits. But Python 3.12 has an option
-            # for eager asyncio tasks: create_task() itself runs the first step. If then
-            # no handler has to wait, each slot comes back at once. This loop would go
-            # on until the heap is empty, and nobody else would have a turn.
-            await asyncio.sleep(0)
+            attempt = asyncio.create_task(self._attempt(record))
+            # Usually it has not begun yet. But Python 3.12 has an option for eager
+            # asyncio tasks: create_task() itself runs the first step. If then no
+            # handler has to wait, each slot comes back at once. This loop would go on
+            # until the heap is empty, and nobody else would have a turn. sleep(0) gives
+            # up the turn, once.
+            if attempt.done():
+                await asyncio.sleep(0)
 
     # First reading.
     async def _attempt(self, record: TaskRecord) -> None:
@@ -1841,6 +1844,7 @@ class RequestMiddleware:
 
         started_at = time.perf_counter()
         answer_started = False
+        in_pieces = False  # whether the answer has more than one piece
         body_size = 0
         request_id = self._request_id(scope)
         # FastAPI parses the cookies for each route, even if none wants them. In some
@@ -1867,7 +1871,7 @@ class RequestMiddleware:
 
         async def send_with_id(message: Message) -> None:
             """Pass on a part of the answer. The first one gets the id."""
-            nonlocal answer_started
+            nonlocal answer_started, in_pieces
             if message["type"] == "http.response.start":
                 answer_started = True
                 message.setdefault("headers", [])
@@ -1877,8 +1881,14 @@ class RequestMiddleware:
                 # all the others. So the clock stops at the first byte.
                 seconds = time.perf_counter() - started_at
                 self._record(scope, message["status"], seconds)
+            # The first piece of an answer is written at once, however large it is. A
+            # later one waits until the client has read most of those before it.
+            in_pieces = in_pieces or message.get("more_body", False)
+            if not in_pieces:
+                await send(message)
+                return
             # NEW: asyncio.timeout() cancels what stands in its block when the time is
-            # up, and makes a TimeoutError of that. A send waits until the client reads.
+            # up, and makes a TimeoutError of that.
             try:
                 async with asyncio.timeout(self.settings.send_timeout):
                     await send(message)

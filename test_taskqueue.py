@@ -4753,19 +4753,26 @@ async def test_stream_drops_a_reader_that_has_stopped_reading(path, gate):
         assert await watchers(client) == 0
 
 
-async def test_list_drops_a_reader_that_has_stopped_reading(gate):
+@pytest.mark.parametrize("messages", [1, 2, 3], ids="after {} of 4".format)
+async def test_list_drops_a_reader_that_has_stopped_reading(messages, gate):
     """It would keep all tasks of its page in memory, those that are evicted, too."""
+
+    class Reader(Stream):
+        async def send(self, message):
+            if self.messages.qsize() == messages:
+                self.reading.clear()
+            await super().send(message)
+
     async with serving(gate, send_timeout=7) as (client, queue):
         for _ in range(3):
             payload = {"subject": "x" * 60_000}
             queue.submit(TaskSubmission(task_type="send_email", payload=payload))
-        stream = Stream(client.app, "/tasks")
-        stream.reading.clear()
-        async with stream:
+        async with Reader(client.app, "/tasks") as stream:
             await asyncio.sleep(6.9)
             assert not stream.call.done()
             await asyncio.sleep(0.2)
             assert stream.call.done()
+            assert stream.messages.qsize() == messages
 
 
 async def test_stream_says_in_the_log_that_it_has_dropped_a_reader(gate, caplog):
