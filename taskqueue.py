@@ -282,7 +282,7 @@ class SendEmailPayload(Payload):
 
 # Writes JSON. It refuses NaN, and leaves "é" as it is.
 JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-MAX_DEPTH = 100  # levels of lists and objects; Pydantic can't read more than 200
+MAX_DEPTH = 100  # levels of lists and objects. Pydantic can't read more than 200
 
 
 def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -> float:
@@ -546,10 +546,8 @@ def handler(task_type: TaskType) -> Callable[[Handler], Handler]:
 def is_async(function: Handler) -> bool:
     """Whether a call of the handler returns a coroutine.
 
-    It looks through a functools.partial, and at the `__call__` of an object.
+    A handler may also be an object with an `async def __call__`.
     """
-    while isinstance(function, functools.partial):
-        function = function.func
     if inspect.iscoroutinefunction(function):
         return True
     return inspect.iscoroutinefunction(type(function).__call__)
@@ -580,8 +578,8 @@ async def call_handler(
     """Call a handler, and return `finish(result)`. Raises whatever the handler raises.
 
     The queue passes a `finish` that makes JSON of the result. That takes its time, if
-    the result is large. Called in here, a plain `def` handler spends the time of its
-    own thread on it, and not that of the event loop.
+    the result is large. If it is called in here, a plain `def` handler spends the time
+    of its own thread on it. The event loop goes on meanwhile.
     """
     if is_async(function):
         return finish(await function(payload, update_progress))
@@ -609,7 +607,7 @@ async def process_task(
 
 # First reading.
 async def run_in_thread(function: Callable[[], Any]) -> Any:
-    """Call the function in a new thread; return what it returns, raise what it raises.
+    """Call the function in a new thread. Return what it returns, raise what it raises.
 
     NEW: `asyncio_task.cancel()` raises CancelledError inside a coroutine, at the
     `await` where it waits. A coroutine can be interrupted in this way. A thread can't.
@@ -799,7 +797,7 @@ class TaskRecord:
     """
 
     id: str
-    sequence: int  # the number of its submission; a retry keeps it
+    sequence: int  # the number of its submission, which a retry keeps
     created_at: datetime
     request_id: str | None
     idempotency_key: str | None  # see submit()
@@ -838,8 +836,8 @@ Snapshots = AsyncGenerator[TaskStatus, None]
 class TaskStore:
     """The books of one queue: its records, their order, and who watches them.
 
-    A Python dict keeps its entries in the order in which they were put in, and
-    `reversed()` reads it newest first. So a few dicts are all the indexes we need.
+    A Python dict keeps its entries in the order in which they were put in. `reversed()`
+    reads it newest first. So a few dicts are all the indexes we need.
     """
 
     # First reading.
@@ -852,7 +850,7 @@ class TaskStore:
         self.loop: asyncio.AbstractEventLoop | None = None  # None until it starts
 
         # Versions begin at the clock, in microseconds, and not at 0. WHY: a client of
-        # the stream of all tasks was cut off, and comes back with the last version that
+        # the stream of all tasks was cut off. It comes back with the last version that
         # it saw. Meanwhile this server may have started again. All versions of its new
         # life, from its start to its end, must be above those of the old one.
         self.life = time.time_ns() // 1000
@@ -897,11 +895,6 @@ class TaskStore:
         if record.snapshot is None:
             record.snapshot = TaskStatus.model_validate(record)
         return record.snapshot
-
-    def count(self, status: Status) -> int:
-        """How many tasks have that status."""
-        self.check_caller()
-        return len(self.by_status[status])
 
     # -- To change ---------------------------------------------------------------------
 
@@ -1051,7 +1044,8 @@ def whole_percent(percent: float) -> int:
     """A handler's progress as a whole number from 0 to 100.
 
     Any real number will do: a Decimal, a Fraction, one of numpy's. Raises ValueError
-    for one outside of 0 to 100, for NaN, and for what is no number, as text or True.
+    for one outside of 0 to 100 and for NaN. It also does for text, for True, and for
+    whatever else is no number.
 
     GOTCHA [rounded-progress]: `done += 100 / 7`, seven times, is 100.00000000000001.
     To refuse that fails a task whose work is done. So we round before we check.
@@ -1117,7 +1111,7 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
 
 
 def find_leaves(error: BaseException) -> Iterator[BaseException]:
-    """The exception itself; or, for a group, all that are in it.
+    """The exception itself. For a group of exceptions: all that are in it.
 
     GOTCHA [hidden-cause]: an `asyncio.TaskGroup` runs some asyncio tasks, and puts what
     they raise into a group of exceptions. Whatever went wrong, `str(error)` of that
@@ -1155,8 +1149,8 @@ def describe(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Escape line breaks, control characters and halves of a surrogate pair.
 
-    GOTCHA [forged-log]: a client puts a line break into what we log, and after it a
-    line that looks like one of ours. Escaped, it stays inside of its own line.
+    GOTCHA [forged-log]: a client puts a line break into what we log. What follows it
+    looks like a line of ours. Escaped, it stays inside of its own line.
     """
     if text.isprintable():  # as nearly always
         return text
@@ -1175,9 +1169,9 @@ def forget_frames(error: BaseException) -> None:
     GOTCHA [traceback-keeps-everything]: Python frees an object as soon as nobody refers
     to it. But an exception refers to its traceback. That refers to the functions it
     came through, and those to all their local variables. If one of these is the
-    exception itself, the circle is closed: somebody always refers to it. A handler that
-    fails with 20 MB in its hands then keeps them until Python looks for circles, maybe
-    much later. Text is all that we keep.
+    exception itself, the circle is closed: somebody always refers to it. Say that a
+    handler fails with 20 MB in its hands. They are kept until Python looks for circles,
+    and that may be much later. Text is all that we keep.
     """
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -1384,7 +1378,8 @@ class TaskQueue:
 
     def count(self, status: Status) -> int:
         """How many tasks have that status."""
-        return self.store.count(status)
+        self.store.check_caller()
+        return len(self.store.by_status[status])
 
     # First reading.
     def watch(self, task_id: str, last_event_id: int = 0) -> Snapshots:
@@ -1458,7 +1453,7 @@ class TaskQueue:
         that is far more than half, all are taken out, and those that live are put back.
         """
         size = self._heap.qsize()
-        if size > 100 + 2 * self.store.count(Status.PENDING):
+        if size > 100 + 2 * self.count(Status.PENDING):
             for entry in [self._heap.get_nowait() for _ in range(size)]:
                 if entry[2].status is Status.PENDING:
                     self._heap.put_nowait(entry)
@@ -1648,7 +1643,7 @@ class TaskQueue:
             it failed                                   →  failed
 
         A handler that ends after its time was up has failed, whatever it returns or
-        raises, and it may be tried again.
+        raises. It may be tried again.
 
         GOTCHA [whose-timeout]: what comes out of a handler doesn't say why. A
         TimeoutError may be our deadline, or that of the handler's own HTTP client. A
@@ -1677,7 +1672,7 @@ class TaskQueue:
             self.store.move(record, Status.FAILED)
 
     def _log(self, record: TaskRecord, report: str) -> None:
-        """Write how an attempt has ended; if it has failed, with its traceback."""
+        """Write how an attempt has ended, and why, if it has failed."""
         text = "[%s] task %s (%s) attempt %d: %s"
         ids = (record.request_id, record.id, record.task_type, record.attempt)
         if record.error is None:
@@ -1771,8 +1766,8 @@ class TaskQueue:
 # the answer go by, it hands down a `send` of its own, as below.
 #
 # GOTCHA [base-http-middleware]: Starlette's BaseHTTPMiddleware is shorter to write. But
-# it runs the rest of the app in a second asyncio task, and that one hands each piece of
-# the answer to the first. So a context variable that a route sets is unknown here:
+# it runs the rest of the app in a second asyncio task. That one hands each piece of the
+# answer to the first. So a context variable that a route sets is unknown here:
 # it was set in the other asyncio task. Each piece of a stream makes a detour. And when
 # a client hangs up, two asyncio tasks must be stopped in the right order. A plain ASGI
 # class, as below, starts no asyncio task at all.
@@ -1785,7 +1780,7 @@ class Metrics:
     """How often each route was asked, how it answered, and how soon: to the first byte.
 
     GOTCHA [raw-path-labels]: with a counter for each path, each task has one of its
-    own, and a scanner who tries a million paths makes a million. The templates of the
+    own. A scanner who tries a million paths makes a million. The templates of the
     routes are few: "/tasks/{task_id}". A method is free text of the client's, too.
 
     SIMPLIFIED: production has the package prometheus_client, for Prometheus, a program
@@ -2080,7 +2075,7 @@ STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
 
 def parse_event_id(text: str) -> int:
-    """The number in a Last-Event-ID; 0, which is "nothing seen", for anything else.
+    """The number in a Last-Event-ID. Anything else is 0, which means "nothing seen".
 
     It is no error. EventSource sends it by itself, and its user can't mend it.
     """
@@ -2261,7 +2256,7 @@ async def answer_queue_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
-    """422, with place and reason of each error; of the first MOST_ERRORS, if more.
+    """422, with place and reason of each error, up to MOST_ERRORS of them.
 
     GOTCHA [echoed-input]: FastAPI's own answer repeats the input that it refuses. If
     that is a NaN, the answer can't be encoded, and the client's mistake is our 500.
@@ -2314,13 +2309,14 @@ def hear_signals() -> None:
     Python then calls. (Our class Signal has only the name in common.)
 
     uvicorn registers a method of its server, handle_exit(). sse-starlette wants to
-    know, too. As soon as it is imported, it puts a method of its own in the place of
-    that one, in uvicorn's class. That notes the signal, and calls uvicorn's. But with
-    those two options, uvicorn starts a process, registers its method there, and imports
-    this file only then. It is too late: what is registered is uvicorn's own.
+    know, too. So it changes uvicorn's class, as soon as it is imported. In the place of
+    handle_exit() it puts a function of its own. That notes the signal, and then calls
+    uvicorn's. But with those two options, uvicorn starts a process, registers its
+    method there, and imports this file only then. It is too late: what is registered
+    is uvicorn's own.
 
-    So we look what is registered. If it is a method of a server (`__self__` is the
-    object of a method), we register that server's handle_exit() again. By now, that is
+    So we look what is registered. The `__self__` of a method is its object. If
+    that is a server, we register the server's handle_exit() again. By now, that is
     the one of sse-starlette.
     """
     if threading.current_thread() is not threading.main_thread():
