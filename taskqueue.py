@@ -307,7 +307,7 @@ def check_json(value: Any, where: str, room: float = math.inf, depth: int = 0) -
     JsonValue, 64 KB of NaN are 16,000 errors, each with its whole path: three seconds
     of work for one 422. A payload is checked here instead. The first error ends it.
     """
-    if depth > MAX_DEPTH:
+    if depth >= MAX_DEPTH and isinstance(value, dict | list | tuple):
         raise ValueError(f"{where:.200} has more than {MAX_DEPTH} levels")
     room -= 2  # at least one character, and a comma or a bracket
     if isinstance(value, dict):
@@ -2247,7 +2247,7 @@ async def answer_queue_error(request: Request, error: Exception) -> Response:
     status = HTTP_STATUS[type(error)]
     detail: Any = str(error)
     if status == 422:  # in the shape of every other 422: a list
-        loc = ("header", "Idempotency-Key")
+        loc = ("header", "idempotency-key")
         detail = [{"type": "value_error", "loc": loc, "msg": detail}]
     headers = {}
     if status == 503:
