@@ -406,7 +406,7 @@ class TaskStatus(BaseModel):
     progress: int = Field(ge=0, le=100, description="per cent of this attempt")
     attempt: int = Field(description="0 before the first")
     max_retries: int
-    error: str | None = Field(description="why the latest attempt failed")
+    error: str | None = Field(description="why the last attempt failed, if it has")
     request_id: str | None = Field(description="X-Request-ID of the submission")
     created_at: datetime
     not_before: datetime | None = Field(description="end of its delay or backoff")
@@ -1282,7 +1282,7 @@ class TaskQueue:
 
         NEW: An idempotency key is the client's own name for a submission. A client that
         got no answer can't know whether the task exists. It sends the same key again,
-        and gets the one task, not a second.
+        and gets the one task, not a second. A key is forgotten with its task.
         """
         self.store.check_caller()
         payload_json = to_json(submission.payload)
