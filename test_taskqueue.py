@@ -3617,12 +3617,15 @@ async def test_eager_tasks_give_the_loop_a_turn_between_two_of_ours(factory):
 
     asyncio.get_running_loop().set_task_factory(factory)
     started = []
+    begin = now()
     async with running(successor) as queue:
         queue.submit(email())
         await asyncio.sleep(0)
         for _ in range(10):
             await asyncio.sleep(0)
         assert len(started) < 100
+        await queue.join()
+        assert now() == begin  # it gives up its turn, and no time
 
 
 @pytest.mark.parametrize("factory", TASK_FACTORIES)
