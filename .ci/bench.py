@@ -299,7 +299,7 @@ def add_bare_stream(tq: Any, app: Any) -> None:
     stepped = asyncio.Event()
 
     async def frames() -> AsyncIterator[bytes]:
-        first = '{"status":"pending","progress":0,"attempt":0}'
+        first = b'{"status":"pending","progress":0,"attempt":0}'
         yield tq.encode_frame("progress", first, 1)
         while True:
             await stepped.wait()
@@ -311,7 +311,8 @@ def add_bare_stream(tq: Any, app: Any) -> None:
         for number in itertools.count():
             await asyncio.sleep(0.01)
             data = f'{{"status":"running","progress":{number % 100},"attempt":1}}'
-            frame = tq.encode_frame("progress", data, 1_795_504_324_828_483 + number)
+            version = 1_795_504_324_828_483 + number
+            frame = tq.encode_frame("progress", data.encode(), version)
             stepped.set()
             stepped = asyncio.Event()
 
@@ -496,7 +497,9 @@ def open_streams(client: Client, task_id: str, count: int) -> list[socket.socket
         streams[-1].sendall(get(f"/tasks/{task_id}/stream"))
         data = b""
         while b"data: " not in data:
-            data += streams[-1].recv(65_536)
+            received = streams[-1].recv(65_536)
+            assert received, "the server has closed a stream"
+            data += received
     return streams
 
 
