@@ -1839,7 +1839,6 @@ class RequestMiddleware:
 
         started_at = time.perf_counter()
         answer_started = False
-        in_pieces = False  # whether the answer has more than one piece
         body_size = 0
         request_id = self._request_id(scope)
         # FastAPI parses the cookies for each route, even if none wants them. In some
@@ -1866,7 +1865,7 @@ class RequestMiddleware:
 
         async def send_with_id(message: Message) -> None:
             """Pass on a part of the answer. The first one gets the id."""
-            nonlocal answer_started, in_pieces
+            nonlocal answer_started
             if message["type"] == "http.response.start":
                 answer_started = True
                 message.setdefault("headers", [])
@@ -1876,24 +1875,12 @@ class RequestMiddleware:
                 # all the others. So the clock stops at the first byte.
                 seconds = time.perf_counter() - started_at
                 self._record(scope, message["status"], seconds)
-            # The first piece of an answer is written at once, however large it is. A
-            # later one waits until the client has read most of those before it.
-            in_pieces = in_pieces or message.get("more_body", False)
-            if not in_pieces:
-                await send(message)
-                return
-            # NEW: asyncio.timeout() cancels what stands in its block when the time is
-            # up, and makes a TimeoutError of that.
-            try:
-                async with asyncio.timeout(self.settings.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                raise SendTimeoutError from None
+            await send(message)
 
         try:
             await self.app(scope, receive_limited, send_with_id)
         except SendTimeoutError:
-            # Our part has ended: if it was a stream, its generator is closed.
+            # A stream or a list has given up: see Routes. Its generator is closed.
             # SIMPLIFIED: the last piece, which uvicorn could not send, stays in memory
             # until the client reads on or hangs up. A proxy in front would hang up. And
             # uvicorn logs "ASGI callable returned without completing response."
@@ -2006,8 +1993,37 @@ async def list_tasks(
     A task has its whole payload here. A page of 1,000 large ones is 64 MB. If yours are
     large, ask for fewer: `limit`.
     """
-    tasks, total = queue_of(request).list_tasks(status, limit, offset)
-    return StreamingResponse(list_pieces(tasks, total), media_type="application/json")
+    queue = queue_of(request)
+    tasks, total = queue.list_tasks(status, limit, offset)
+    return TimedResponse(list_pieces(tasks, total), queue.settings.send_timeout)
+
+
+class TimedResponse(StreamingResponse):
+    """JSON in pieces. It gives up on a client that has stopped reading."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], send_timeout: float) -> None:
+        super().__init__(pieces, media_type="application/json")
+        self.send_timeout = send_timeout
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all pieces. Raises SendTimeoutError if one has to wait too long.
+
+        A piece waits until the client has read most of those before it. Meanwhile all
+        tasks of the page stay in memory, also those that are evicted.
+
+        NEW: asyncio.timeout() cancels what stands in its block when the time is up, and
+        makes a TimeoutError of that.
+        """
+
+        async def send_in_time(message: Message) -> None:
+            """Send one piece."""
+            try:
+                async with asyncio.timeout(self.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise SendTimeoutError from None
+
+        await super().stream_response(send_in_time)
 
 
 async def list_pieces(tasks: list[TaskStatus], total: int) -> AsyncIterator[bytes]:
@@ -2111,9 +2127,10 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
        system, here and at the client. They hold a hundred KB or more. If the task ends
        before they are full, nobody ever notices, and nobody needs to.
     2. When they are full, `await send(…)` has to wait.
-    3. After `send_timeout` seconds, RequestMiddleware raises SendTimeoutError there.
-    4. EventSourceResponse closes the generator of the frames, and so the `finally` in
-       states() counts the watcher off. RequestMiddleware writes a line into the log.
+    3. After `send_timeout` seconds, EventSourceResponse closes the generator of the
+       frames, and raises SendTimeoutError. So the `finally` in states() counts the
+       watcher off.
+    4. RequestMiddleware catches that error, and writes a line into the log.
 
     When a server is told to stop, sse-starlette cuts each stream off after a grace
     period. We make that endless, because our streams end by themselves: as soon as the
@@ -2122,6 +2139,7 @@ def event_stream(queue: TaskQueue, frames: AsyncIterator[bytes]) -> EventSourceR
     return EventSourceResponse(
         frames,
         ping=queue.settings.ping_seconds,
+        send_timeout=queue.settings.send_timeout,
         sep="\n",  # how a line of a ping ends: as ours do
         shutdown_grace_period=math.inf,
     )
