@@ -4358,11 +4358,13 @@ async def test_list_of_nasty_payloads_costs_little(gate):
         submission = TaskSubmission(task_type="send_email", payload=payload, delay=60)
         for _ in range(30):
             queue.submit(submission)
-        began = time.thread_time()
-        answer = await client.get("/tasks")
-        seconds = time.thread_time() - began
+        seconds = []
+        for _ in range(3):
+            began = time.thread_time()
+            answer = await client.get("/tasks")
+            seconds.append(time.thread_time() - began)
     assert len(answer.content) > 30 * 60_000
-    assert seconds < anew / 2
+    assert min(seconds) < anew / 2  # the least of three, as on the other side
 
 
 async def test_list_waits_for_its_reader_after_each_piece(gate):
