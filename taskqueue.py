@@ -357,7 +357,7 @@ def show_payloads(schema: dict[str, Any]) -> None:
 class TaskSubmission(BaseModel):
     """What a client sends to submit a task. Unknown fields are refused."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     # JSON has no enums: the text "send_email" is turned into one. Hence not strict.
     task_type: TaskType = Field(strict=False, description="which handler does it")

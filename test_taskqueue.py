@@ -2417,6 +2417,7 @@ async def test_strong_reference_keeps_an_attempt_alive():
 
     async with running(handle) as queue:
         task_id = queue.submit(email()).id
+        queue.submit(email())  # the worker loop refers to the latest attempt, too
         await quiet()
         gc.collect()
         await quiet()
